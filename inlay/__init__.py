@@ -1,0 +1,136 @@
+"""inlay: parameter-efficient fine-tuning; a small trained part set into a large frozen one.
+
+The public names are PEFT's where PEFT has one. Each is imported when it is first touched, so that
+`import inlay` and `inlay --help` cost neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inlay.core.config import AdapterConfig as PeftConfig
+    from inlay.core.config import PeftType, TaskType
+    from inlay.core.errors import UserError
+    from inlay.methods.lora import LoraConfig
+    from inlay.model.load import load_base
+    from inlay.run import Run, train
+    from inlay.surface.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+    from inlay.surface.functions import (
+        get_peft_config,
+        get_peft_model_state_dict,
+        inject_adapter_in_model,
+        set_peft_model_state_dict,
+    )
+    from inlay.surface.peft_model import (
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        get_peft_model,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "LoraConfig",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "Run",
+    "TaskType",
+    "UserError",
+    "__version__",
+    "get_peft_config",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "load_base",
+    "set_peft_model_state_dict",
+    "train",
+]
+
+_MODULES = {
+    "inlay.core.config": ["PeftConfig", "PeftType", "TaskType"],
+    "inlay.core.errors": ["UserError"],
+    "inlay.methods.lora": ["LoraConfig"],
+    "inlay.model.load": ["load_base"],
+    "inlay.run": ["Run"],
+    "inlay.surface.auto": [name for name in __all__ if name.startswith("AutoPeftModel")],
+    "inlay.surface.functions": [
+        "get_peft_config",
+        "get_peft_model_state_dict",
+        "inject_adapter_in_model",
+        "set_peft_model_state_dict",
+    ],
+    "inlay.surface.peft_model": [
+        "get_peft_model",
+        *(name for name in __all__ if name.startswith("PeftModel")),
+    ],
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+_RENAMED = {"PeftConfig": "AdapterConfig"}
+
+
+def __getattr__(name: str) -> Any:
+    """Return the public name, importing its module; AttributeError for any other."""
+    if name == "train":
+        return importlib.import_module("inlay.train")
+    if name not in _HOME:
+        raise AttributeError(f"module 'inlay' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), _RENAMED.get(name, name))
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names, imported or not."""
+    return sorted(__all__)
+
+
+class _Train(ModuleType):
+    """The subpackage `inlay.train`, which is also a function: `inlay.train(config)` -> `Run`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Start the run that `inlay.run.train` starts; the same arguments."""
+        return importlib.import_module("inlay.run").train(*args, **kwargs)
+
+
+class _Package(ModuleType):
+    """`inlay`, whose subpackage `train` and function `train` share a name and so are one object."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Let the subpackage be called when the import system binds it here."""
+        if name == "train" and isinstance(value, ModuleType):
+            value.__class__ = _Train
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

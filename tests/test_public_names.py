@@ -1,0 +1,82 @@
+"""The names that `inlay` offers, frozen: a change here is a change for every user."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import inlay
+
+PUBLIC = {
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "LoraConfig",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "Run",
+    "TaskType",
+    "UserError",
+    "__version__",
+    "get_peft_config",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "load_base",
+    "set_peft_model_state_dict",
+    "train",
+}
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(inlay.__all__) == PUBLIC
+    assert set(dir(inlay)) == PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_public_name_can_be_imported(name: str) -> None:
+    assert getattr(inlay, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'LoraConfg'"):
+        inlay.LoraConfg  # noqa: B018
+
+
+def test_train_is_the_function_and_the_subpackage() -> None:
+    importlib.import_module("inlay.train.loop")
+    assert callable(inlay.train)
+    assert inlay.train.loop is sys.modules["inlay.train.loop"]
+
+
+@pytest.mark.parametrize("heavy", ["torch", "transformers", "datasets", "pydantic", "matplotlib"])
+def test_importing_inlay_imports_nothing_heavy(heavy: str) -> None:
+    code = f"import sys, inlay; dir(inlay); sys.exit({heavy!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_help_of_the_command_line_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys\n"
+        "from inlay.cli import main\n"
+        "sys.argv = ['inlay', '--help']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "[]"
