@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-# These are read when torch and the hub libraries are imported, so they stand before any such import.
+# Read when torch and the hub libraries are imported, so set before any such import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -48,7 +48,7 @@ def no_network() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_llama() -> Callable[..., Any]:
-    """Return a builder of random Llama models: `tiny_llama(seed=0, **config)`, 2 layers, float32."""
+    """Return `build(seed=0, **config)`, which makes a random float32 Llama of 2 layers."""
 
     def build(seed: int = 0, **changes: Any) -> Any:
         import torch
@@ -76,7 +76,7 @@ def tiny_llama() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
-    """Return a byte-level tokenizer of 260 tokens with a ChatML template: every byte is one token."""
+    """Return a byte-level tokenizer (260 tokens, one a byte) with a ChatML template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
