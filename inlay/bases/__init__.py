@@ -1,0 +1,23 @@
+"""The kinds of layer an adapter can be set into, one file a kind; `view` finds the one for a module."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from torch import nn
+
+from inlay.core.base import Layer
+
+
+@cache
+def layers() -> tuple[type[Layer], ...]:
+    """Return every view this package offers, `plain` last: it accepts whatever the others leave."""
+    names = sorted((m.name for m in pkgutil.iter_modules(__path__)), key=lambda n: n == "plain")
+    return tuple(c for n in names for c in importlib.import_module(f"{__name__}.{n}").LAYERS)
+
+
+def view(module: nn.Module) -> Layer:
+    """Return the view of `module` that an adapter works with."""
+    return next(layer for layer in layers() if layer.accepts(module))(module)

@@ -1,0 +1,275 @@
+"""The layers of torch and transformers that hold their weight in plain numbers: linear, conv, embedding, norm.
+
+O output features, I input features, R rank, k kernel size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from inlay.core.base import Layer, store
+from inlay.core.errors import UserError
+
+
+class Linear(Layer):
+    """`nn.Linear`: y = x W^T + b."""
+
+    kind = "linear"
+    module: nn.Linear
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Return whether `module` is a linear that holds its weight as [out, in] floats."""
+        return isinstance(module, nn.Linear) and module.weight.is_floating_point()
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        """The weight's shape [O, I]."""
+        return self.module.out_features, self.module.in_features
+
+    def weight(self) -> Tensor:
+        """Return W [O, I]."""
+        return self.module.weight
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return x W^T + b."""
+        return F.linear(x, weight, bias)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """Return x A^T."""
+        return F.linear(x, a)
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        """Return h B^T."""
+        return F.linear(h, b)
+
+    def store(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Put weight [O, I] and bias [O] in place."""
+        store(self.module, weight=weight, bias=bias)
+
+
+class Conv1D(Linear):
+    """transformers' `Conv1D` (GPT-2): a linear that stores its weight transposed, [in, out]."""
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Return whether `module` has the shape of transformers' Conv1D (recognized without importing it)."""
+        weight = getattr(module, "weight", None)
+        return (
+            type(module).__name__ == "Conv1D"
+            and hasattr(module, "nf")
+            and isinstance(weight, Tensor)
+            and weight.ndim == 2
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        """The weight's shape [O, I], transposed from what is stored."""
+        i, o = self.module.weight.shape
+        return o, i
+
+    def weight(self) -> Tensor:
+        """Return W [O, I], a view of the stored transpose."""
+        return self.module.weight.T
+
+    def store(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Put weight [O, I], transposed, and bias [O] in place."""
+        store(self.module, weight=weight.T, bias=bias)
+
+
+class Conv(Layer):
+    """`nn.Conv1d`, `2d`, `3d` in one group: the weight is [O, C, *k], seen as [O, C*k1*k2...]."""
+
+    kind = "conv"
+    module: nn.Conv2d  # the 1d and 3d forms have the same members
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Return whether `module` is a convolution (not a transposed one)."""
+        return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+    def __init__(self, module: nn.Module) -> None:
+        """View `module`; raises UserError for a grouped convolution."""
+        super().__init__(module)
+        if self.module.groups != 1:
+            # with groups W holds only the block diagonal, so a low-rank update over all channels could not merge
+            raise UserError(
+                f"{type(module).__name__} with groups={self.module.groups} cannot be adapted: an update across groups "
+                "has no place in its weight; leave it out with exclude_modules"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        """The weight's shape [O, C*k1*k2...]."""
+        o, *rest = self.module.weight.shape
+        return o, math.prod(rest)
+
+    def weight(self) -> Tensor:
+        """Return W [O, I] with I = C*k1*k2..., in the stored order."""
+        return self.module.weight.flatten(1)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the convolution with this weight; stride, padding, its mode and dilation are the layer's."""
+        kernel = weight.reshape(-1, *self.module.weight.shape[1:])
+        return self.module._conv_forward(x, kernel, bias)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """Return the convolution with A [R, I]: R channels at the output's resolution."""
+        return self.apply(x, a)
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        """Return B on the channels of h, position by position."""
+        return torch.einsum("or,br...->bo...", b, h)
+
+    def spread(self, vector: Tensor) -> Tensor:
+        """Return `vector` [O] as [O, 1, 1...], to meet channels in second place."""
+        return vector.reshape(-1, *[1] * (self.module.weight.ndim - 2))
+
+    def file_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B as the two convolutions PEFT makes of them: [r, C, *k] and [O, r, 1...]."""
+        o, *rest = self.module.weight.shape
+        return (r, *rest), (o, r, *[1] * (len(rest) - 1))
+
+    def store(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Put weight [O, I], folded to [O, C, *k], and bias [O] in place."""
+        store(self.module, weight=weight.reshape(self.module.weight.shape), bias=bias)
+
+
+class Embedding(Layer):
+    """`nn.Embedding`: column id of W [dim, vocab]; what a subclass does besides (a scale) is kept."""
+
+    kind = "embedding"
+    module: nn.Embedding
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Return whether `module` is an embedding with a float weight."""
+        return isinstance(module, nn.Embedding) and module.weight.is_floating_point()
+
+    def __init__(self, module: nn.Module) -> None:
+        """View `module`; raises UserError where it renormalizes its own weight."""
+        super().__init__(module)
+        if self.module.max_norm is not None:
+            raise UserError(
+                f"an embedding with max_norm={self.module.max_norm} rewrites its weight as it runs and cannot be "
+                "adapted; leave it out with exclude_modules"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        """The weight's shape [dim, vocab]."""
+        return self.module.embedding_dim, self.module.num_embeddings
+
+    def weight(self) -> Tensor:
+        """Return W [dim, vocab], a view of the stored transpose."""
+        return self.module.weight.T
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the columns of `weight` for the ids x; an embedding has no bias."""
+        assert bias is None
+        return cast(Tensor, functional_call(self.module, {"weight": weight.T}, (x,)))
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """Return the columns of A [R, vocab] for the ids x."""
+        return self.apply(x, a)
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        """Return h B^T."""
+        return F.linear(h, b)
+
+    def store(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Put weight [dim, vocab], transposed, in place."""
+        assert bias is None
+        store(self.module, weight=weight.T)
+
+
+class Norm(Layer):
+    """A normalization with a weight vector [O]: LayerNorm, GroupNorm, and every RMSNorm by its structure."""
+
+    kind = "norm"
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Return whether `module` is called a norm, and holds a vector `weight`, perhaps a `bias`, and nothing else."""
+        names = set(dict(module.named_parameters()))
+        weight = getattr(module, "weight", None)
+        return (
+            "norm" in type(module).__name__.lower()
+            and names in ({"weight"}, {"weight", "bias"})
+            and isinstance(weight, Tensor)
+            and weight.ndim == 1
+            and not isinstance(module, nn.modules.batchnorm._NormBase)
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        """The weight's size [O], with 1 for the inputs it has not."""
+        return len(self.weight()), 1
+
+    def weight(self) -> Tensor:
+        """Return the weight [O] as the module stores it."""
+        return cast(Tensor, self.module.weight)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the module's own forward with these vectors."""
+        own = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        return cast(Tensor, functional_call(self.module, own, (x,)))
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """Refuse: a norm multiplies by a vector, so there is nothing of low rank in it."""
+        raise TypeError(f"{type(self.module).__name__} is a norm: it has no matrix to factor")
+
+    up = down
+
+    def spread(self, vector: Tensor) -> Tensor:
+        """Return `vector` [O], as [O, 1...] where the channels stand in second place (GroupNorm)."""
+        return vector
+
+    def store(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Put weight [O] and bias [O] in place."""
+        store(self.module, weight=weight, bias=bias)
+
+
+class Opaque(Layer):
+    """Any other module: it can be replaced or wrapped, but it has no weight that an adapter could change."""
+
+    kind = "module"
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Return True: this is what remains."""
+        del module
+        return True
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        """Raise TypeError: there is no one weight."""
+        raise TypeError(f"{type(self.module).__name__} has no single weight")
+
+    def weight(self) -> Tensor:
+        """Raise TypeError: there is no one weight."""
+        raise TypeError(f"{type(self.module).__name__} has no single weight")
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Raise TypeError: there is no one weight."""
+        raise TypeError(f"{type(self.module).__name__} has no single weight")
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """Raise TypeError: there is no one weight."""
+        raise TypeError(f"{type(self.module).__name__} has no single weight")
+
+    up = down
+
+    def store(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Raise TypeError: there is no one weight."""
+        raise TypeError(f"{type(self.module).__name__} has no single weight")
+
+
+LAYERS: tuple[type[Layer], ...] = (Linear, Conv1D, Conv, Embedding, Norm, Opaque)
+"""The views this file gives, the most particular first."""

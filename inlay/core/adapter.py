@@ -1,0 +1,194 @@
+"""An adapter takes a frozen layer and yields a layer.
+
+It says this twice, and one law ties the two (dropout off):
+
+    forward(base, x)   how it is computed
+    reweight(W, b)     what it means
+    law 1:             forward(base, x) == base.apply(x, *reweight(base.weight(), base.bias()))
+
+Everything else (stacks, merging, mixed batches, files) is written once, from these two.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.base import Base, Kind
+from inlay.core.config import AdapterConfig
+
+
+class Adapter(nn.Module, ABC):
+    """A trainable part set into one layer."""
+
+    on: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv", "embedding", "norm", "module"})
+    """The kinds of layer this method's mathematics holds for."""
+
+    def __init__(
+        self, config: AdapterConfig, base: Base, *, device: torch.device | None = None
+    ) -> None:
+        """Make the parameters, uninitialized, on `device` (default: the base's)."""
+        super().__init__()
+        self.config = config
+        self._like = {"device": device or base.device, "dtype": base.adapter_dtype}
+
+    def parameter(self, *shape: int) -> nn.Parameter:
+        """Return an uninitialized parameter in the adapter's dtype and on its device."""
+        return nn.Parameter(torch.empty(*shape, **self._like))  # type: ignore[arg-type]
+
+    def reset(self, base: Base) -> None:
+        """Initialize the parameters, so that the adapted layer computes what the base does."""
+        del base
+
+    @abstractmethod
+    def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what the adapted layer computes."""
+
+    def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return PEFT's file key -> (parameter name, shape in the file), relative to the adapted module.
+
+        A file's tensor is the parameter reshaped: the two must hold the same numbers in the same order.
+        """
+        del base
+        return {name: (name, tuple(p.shape)) for name, p in self.named_parameters()}
+
+
+class Reweight(Adapter):
+    """W, b -> W', b': an adapter whose whole meaning is another weight."""
+
+    on: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv", "embedding", "norm"})
+
+    @abstractmethod
+    def reweight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the adapted weight and bias, computed in the dtype of `weight`."""
+
+    def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the layer's operator with the adapted weight: correct for all, cheap for some."""
+        assert not args and not kwargs
+        return base.apply(x, *self.reweight(base.weight(), base.bias()))
+
+
+class Delta(Reweight):
+    """W -> W + delta: an additive adapter. The base is only called, so it may stay packed.
+
+    Where the configuration trains biases (`bias` "all" or the method's own), the bias is a full copy of the base's.
+    """
+
+    on: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv", "embedding"})
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, config: AdapterConfig, base: Base, *, device: torch.device | None = None
+    ) -> None:
+        """Make the parameters, and the bias where it is to be trained."""
+        super().__init__(config, base, device=device)
+        trained = getattr(config, "bias", "none") != "none" and base.bias() is not None
+        self.bias = self.parameter(base.shape[0]) if trained else None
+
+    @abstractmethod
+    def delta(self, dtype: torch.dtype) -> Tensor:
+        """Return the update [O, I] of the weight, computed in `dtype`."""
+
+    @abstractmethod
+    def update(self, base: Base, x: Any) -> Tensor:
+        """Return what the update adds to the layer's output, without making the delta where that is cheaper."""
+
+    def reset(self, base: Base) -> None:
+        """Start the trained bias from the base's."""
+        below = base.bias()
+        if self.bias is not None and below is not None:
+            with torch.no_grad():
+                self.bias.copy_(below)
+
+    def reweight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return W + delta, and the trained bias where there is one."""
+        return weight + self.delta(weight.dtype), bias if self.bias is None else self.bias
+
+    def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return base(x) plus the update's share, in the dtype of base(x)."""
+        below = base(x, *args, **kwargs)
+        out = below + self.update(base, x)
+        if self.bias is not None:
+            out = out + base.spread(self.bias - base.bias())  # type: ignore[operator]
+        return out.to(below.dtype)
+
+    def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return PEFT's keys; a trained bias stands under the base layer's name."""
+        found = super().keys(base)
+        if self.bias is not None:
+            found["base_layer.bias"] = found.pop("bias")
+        return found
+
+
+class Bias(Reweight):
+    """b -> b': the bias of a layer no other adapter sits on, trained in full (`bias="all"`, BitFit)."""
+
+    def __init__(
+        self, config: AdapterConfig, base: Base, *, device: torch.device | None = None
+    ) -> None:
+        """Make room for the bias [O]."""
+        super().__init__(config, base, device=device)
+        self.bias = self.parameter(base.shape[0])
+
+    def reset(self, base: Base) -> None:
+        """Start from the base's bias."""
+        below = base.bias()
+        assert below is not None
+        with torch.no_grad():
+            self.bias.copy_(below)
+
+    def reweight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weight as it is, and the trained bias."""
+        del bias
+        return weight, self.bias.to(weight.dtype)
+
+    def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return base(x) with the bias exchanged."""
+        out = base(x, *args, **kwargs)
+        return (out + base.spread(self.bias - base.bias())).to(out.dtype)  # type: ignore[operator]
+
+
+class Wrap(Adapter):
+    """An adapter that no weight can say; merging refuses it by name."""
+
+
+class Copy(Adapter):
+    """A trained copy of the whole module in its place (`modules_to_save`); merging puts the copy there for good."""
+
+    def __init__(
+        self, config: AdapterConfig, base: Base, *, device: torch.device | None = None
+    ) -> None:
+        """Copy the module as it is now; it never shares memory with the base."""
+        super().__init__(config, base, device=device)
+        self.module = copy.deepcopy(base.module)
+        for parameter in self.module.parameters():
+            # a copy of a half-precision head is trained, so it gets the adapters' precision
+            if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
+                parameter.data = parameter.data.float()
+
+    def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what the copy computes, in the dtype the caller works in."""
+        del base
+        own = next((p.dtype for p in self.module.parameters()), None)
+        if isinstance(x, Tensor) and x.is_floating_point() and own not in (None, x.dtype):
+            out = self.module(x.to(own), *args, **kwargs)
+            return out.to(x.dtype) if isinstance(out, Tensor) else out
+        return self.module(x, *args, **kwargs)
+
+    def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return the module's own parameter names, as PEFT writes them; buffers do not train and stay out."""
+        del base
+        return {n: (f"module.{n}", tuple(p.shape)) for n, p in self.module.named_parameters()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A registered method: its configuration, and the adapter put at each target (None: no host at all)."""
+
+    config: type[AdapterConfig]
+    adapter: type[Adapter] | None

@@ -1,0 +1,115 @@
+"""The frozen layer an adapter is set into, seen through one interface.
+
+O output features, I input features, R rank.  A weight is [O, I] whatever the layer stores: a linear [out, in], a conv
+[out, in*k*k], an embedding [dim, vocab]; a norm has the vector [O] alone.  Each kind of layer implements this once, in
+`inlay.bases`; methods and quantizers then never meet.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["linear", "conv", "embedding", "norm", "module"]
+
+
+class Base(ABC):
+    """What an adapter may ask of the layer below it: a real layer, or a layer already adapted."""
+
+    kind: ClassVar[Kind] | Kind
+    module: nn.Module
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what the layer computes now, with whatever lies below."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """Return the weight [O, I] (a norm: [O]), dequantized; TypeError where there is none."""
+
+    @abstractmethod
+    def bias(self) -> Tensor | None:
+        """Return the bias [O], or None."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the layer's own operator on x with another weight [O, I] and bias [O]."""
+
+    @abstractmethod
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """Return the layer's operator with A [R, I] for its weight: R features or channels."""
+
+    @abstractmethod
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        """Return B [O, R] applied to the R features or channels of h."""
+
+    @abstractmethod
+    def spread(self, vector: Tensor) -> Tensor:
+        """Return `vector` [O], shaped to broadcast over the layer's output."""
+
+    def file_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes PEFT's files give A and B of rank r: matrices, but for a convolution."""
+        out_features, in_features = self.shape
+        return (r, in_features), (out_features, r)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the layer's first parameter."""
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """The dtype an adapter's own parameters take here: the weight's, but never below float32."""
+        dtype = next((p.dtype for p in self.module.parameters()), torch.float32)
+        # below float32, an update of lr * grad is often lost in the rounding of the parameter itself
+        return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+class Layer(Base):
+    """A real layer: a view of `module`, the leaf every stack of adapters stands on."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """View `module`; nothing is copied and nothing is changed."""
+        self.module = module
+
+    @classmethod
+    @abstractmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Return whether this class is the view of `module`."""
+
+    @abstractmethod
+    def store(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Give the layer new parameters of weight [O, I] and bias; the old ones stay untouched.
+
+        Used by merge only. New `Parameter` objects are made, so that a tied weight is untied, not changed.
+        """
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module computes."""
+        return self.module(x, *args, **kwargs)
+
+    def bias(self) -> Tensor | None:
+        """Return the module's bias [O], or None."""
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    def spread(self, vector: Tensor) -> Tensor:
+        """Return `vector`: most layers put their features last."""
+        return vector
+
+
+def store(module: nn.Module, **tensors: Tensor | None) -> None:
+    """Replace parameters of `module` by new ones holding `tensors`, in the dtype and device of the old."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        old = getattr(module, name, None)
+        like = old if isinstance(old, Tensor) else next(module.parameters())
+        new = nn.Parameter(
+            tensor.detach().to(like.device, like.dtype).contiguous(), requires_grad=False
+        )
+        module.register_parameter(name, new)

@@ -1,0 +1,104 @@
+"""What every method's configuration shares: PEFT's common fields, and what a frozen one can answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any, ClassVar, Self
+
+from inlay.core.errors import UserError, nearest
+
+
+class PeftType(enum.StrEnum):
+    """The methods inlay knows, by the names PEFT writes into `adapter_config.json`."""
+
+    LORA = "LORA"
+    FULL = "FULL"
+
+
+class TaskType(enum.StrEnum):
+    """What the adapted model is for; decides the class `AutoPeftModel` loads and the heads that train."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The fields common to all methods, with PEFT's names and defaults.
+
+    A configuration is frozen: nothing inlay does to a model changes the object the user holds.
+    """
+
+    method: ClassVar[PeftType]
+    not_yet: ClassVar[dict[str, str]] = {}
+    """Fields read from and written to PEFT's files, whose other values are refused: name -> reason."""
+
+    task_type: str | None = None
+    """What the model is for: one of `TaskType`, or None."""
+    peft_type: str | None = None
+    """The method's name in PEFT's files; filled in by the class."""
+    auto_mapping: dict[str, Any] | None = None
+    """Class and library of the base; written by PEFT where `task_type` is None."""
+    peft_version: str | None = None
+    """Version of the PEFT that wrote the file, kept as it was read."""
+    base_model_name_or_path: str | None = None
+    """Hub id or folder of the base the adapter was trained on."""
+    revision: str | None = None
+    """Revision of the base on the hub."""
+    inference_mode: bool = False
+    """Whether the adapter's parameters are frozen."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be; raises UserError naming the field, the value and the limit."""
+        object.__setattr__(self, "peft_type", str(self.method))
+        if self.task_type is not None:
+            if str(self.task_type) not in TaskType.__members__:
+                raise UserError(
+                    f"task_type {self.task_type!r} is not one of {', '.join(TaskType)}."
+                    f"{nearest(str(self.task_type).upper(), TaskType)}"
+                )
+            object.__setattr__(self, "task_type", str(self.task_type))
+        for field in dataclasses.fields(self):
+            if field.name in self.not_yet and getattr(self, field.name) != default(field):
+                raise UserError(
+                    f"{field.name}={getattr(self, field.name)!r} is not supported: "
+                    f"{self.not_yet[field.name]}"
+                )
+
+    def at(self, site: str) -> Self:
+        """Return this configuration as it applies to the module path `site` (patterns resolved)."""
+        del site
+        return self
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with `changes`; the original stays as it is."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields PEFT writes, in plain JSON types."""
+        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def default(field: dataclasses.Field[Any]) -> Any:
+    """Return the default of a dataclass field, calling its factory where it has one."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def plain(value: Any) -> Any:
+    """Return `value` in JSON's types: enums as strings, tuples as lists, sets as sorted lists."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, tuple | list):
+        return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return value

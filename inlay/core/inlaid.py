@@ -1,0 +1,185 @@
+"""The one host of every method, base and adapter name: a frozen layer with adapters set into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.adapter import Adapter, Copy, Reweight
+from inlay.core.base import Base, Layer
+from inlay.core.errors import UserError
+from inlay.core.selection import BASE, Selection
+
+
+class Adapted(Base):
+    """A base with one adapter over it, itself a base: a stack of adapters is a fold of this."""
+
+    def __init__(self, adapter: Adapter, below: Base) -> None:
+        """Set `adapter` over `below`."""
+        self.adapter, self.below = adapter, below
+        self.module, self.kind, self.shape = below.module, below.kind, below.shape
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what the adapter computes over what lies below."""
+        return self.adapter(self.below, x, *args, **kwargs)
+
+    def reweighted(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and bias the adapter makes of those below; TypeError where no weight says it."""
+        if not isinstance(self.adapter, Reweight):
+            raise TypeError(f"{type(self.adapter).__name__} cannot be said as a weight")
+        return self.adapter.reweight(self.below.weight(), self.below.bias())
+
+    def weight(self) -> Tensor:
+        """Return the adapted weight [O, I]."""
+        return self.reweighted()[0]
+
+    def bias(self) -> Tensor | None:
+        """Return the adapted bias [O], or None."""
+        own = getattr(self.adapter, "bias", None)
+        return own if isinstance(own, Tensor) else self.below.bias()
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the operator of the layer at the bottom."""
+        return self.below.apply(x, weight, bias)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """Return A applied by the layer at the bottom."""
+        return self.below.down(x, a)
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        """Return B applied by the layer at the bottom."""
+        return self.below.up(h, b)
+
+    def spread(self, vector: Tensor) -> Tensor:
+        """Return `vector`, shaped by the layer at the bottom."""
+        return self.below.spread(vector)
+
+    def file_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the file shapes of the layer at the bottom."""
+        return self.below.file_shapes(r)
+
+
+class Inlaid(nn.Module):
+    """A frozen layer and its adapters by name; `selection` says which of them compute."""
+
+    def __init__(self, base: Layer, selection: Selection) -> None:
+        """Host `base`, with no adapter yet."""
+        super().__init__()
+        self.base_layer = base.module
+        self.adapters = nn.ModuleDict()
+        self.base = base
+        self.selection = selection
+        self.fast: dict[tuple[str, ...], Callable[..., Any]] = {}
+        self._kept: dict[str, nn.Parameter | None] | None = None
+        self.training = base.module.training
+
+    def stack(self, names: tuple[str, ...]) -> Base:
+        """Return the base with the named adapters over it, those this host has, the first one lowest."""
+        layer: Base = self.base
+        for name in names:
+            if name in self.adapters:
+                layer = Adapted(self.adapters[name], layer)  # type: ignore[arg-type]
+        return layer
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what the selected adapters compute over the base."""
+        chosen = self.selection
+        if chosen.merged:
+            return self._merged(x, *args, **kwargs)
+        if chosen.rows is not None:
+            return self._rowwise(x, *args, **kwargs)
+        fast = self.fast.get(chosen.active)
+        if fast is not None:
+            return fast(x, *args, **kwargs)
+        return self.stack(chosen.active)(x, *args, **kwargs)
+
+    def _merged(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        last = self._last(self.selection.merged)
+        if isinstance(last, Copy):
+            return last(self.base, x, *args, **kwargs)
+        return self.base_layer(x, *args, **kwargs)
+
+    def _last(self, names: tuple[str, ...]) -> Adapter | None:
+        found = [self.adapters[n] for n in names if n in self.adapters]
+        return found[-1] if found else None  # type: ignore[return-value]
+
+    def _rowwise(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        groups = self.selection.groups(len(x), x.device)
+        if not any(name in self.adapters for name in groups):
+            return self.base_layer(x, *args, **kwargs)
+        out: Tensor | None = None
+        for name, index in groups.items():
+            layer = self.base if name == BASE else self.stack((name,))
+            part = layer(x.index_select(0, index), *args, **kwargs)
+            if not isinstance(part, Tensor):
+                raise UserError(
+                    f"{type(self.base_layer).__name__} returns {type(part).__name__}: only a layer that returns one "
+                    "tensor can serve several adapters in a batch"
+                )
+            if out is None:
+                out = part.new_empty(len(x), *part.shape[1:])
+            out = out.index_copy(0, index, part)
+        return out
+
+    @torch.no_grad()
+    def merge(self, names: tuple[str, ...], *, check: bool = False) -> None:
+        """Store the weight the named adapters mean into the base layer, and keep the original beside it.
+
+        Computed in float32 from the original weight and rounded once. With `check`, raises UserError where a value is
+        not finite, before anything is stored. Raises TypeError for an adapter no weight can say.
+        """
+        assert self._kept is None, "merged twice"
+        adapters = [self.adapters[n] for n in names if n in self.adapters]
+        if not adapters or isinstance(adapters[-1], Copy):
+            return  # a copy stands in the layer's place and hides what lies below: nothing to store
+        weight, bias = self.base.weight(), self.base.bias()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
+        for adapter in adapters:
+            if not isinstance(adapter, Reweight):
+                raise TypeError(f"{type(adapter).__name__} cannot be merged: no weight can say it")
+            weight, bias = adapter.reweight(weight, bias)
+        if check and not all(t.isfinite().all() for t in (weight, bias) if t is not None):
+            raise UserError(f"merging {list(names)} gives values that are not finite")
+        kept = dict(self.base_layer._parameters)
+        self.base.store(weight, bias)
+        self._kept = kept
+
+    def unmerge(self) -> None:
+        """Put the kept original back: the same parameter objects, bit for bit, ties included."""
+        if self._kept is None:
+            return
+        device = self.base.device
+        for parameter in self._kept.values():
+            if parameter is not None and parameter.device != device:
+                parameter.data = parameter.data.to(device)  # the model moved while it was merged
+        self.base_layer._parameters.clear()
+        self.base_layer._parameters.update(self._kept)
+        self._kept = None
+
+    def result(self, names: tuple[str, ...]) -> nn.Module:
+        """Return the plain module that stands here once the named adapters are merged for good."""
+        top = self._last(names)
+        if not isinstance(top, Copy):
+            return self.base_layer
+        dtype = next((p.dtype for p in self.base_layer.parameters()), None)
+        return top.module.to(dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the base layer's attribute: model code asks its layers for `weight`, `in_features` and more."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set on the base layer what is the base layer's: tying weights assigns `layer.weight`."""
+        if name in ("weight", "bias") and "base_layer" in self.__dict__.get("_modules", {}):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)

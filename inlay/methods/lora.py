@@ -1,0 +1,180 @@
+"""LoRA: W + s B A, with s = alpha / r, or alpha / sqrt(r) (Hu et al., arXiv:2106.09685; rsLoRA: arXiv:2312.03732).   A [R, I], B [O, R]."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inlay.core.adapter import Delta, Method
+from inlay.core.base import Base
+from inlay.core.config import PeftType
+from inlay.core.errors import UserError
+from inlay.core.targeted import TargetedConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig(TargetedConfig):
+    """LoRA's settings, under PEFT's names and with PEFT's defaults."""
+
+    method = PeftType.LORA
+
+    r: int = 8
+    """Rank of the update."""
+    lora_alpha: float = 8
+    """Numerator of the scale: the update is multiplied by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Probability of zeroing an input of the update in training."""
+    fan_in_fan_out: bool = False
+    """PEFT's note that a weight is stored [in, out]; read from the layer here, and kept for PEFT's files."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases train too: none, every one of the model, or those of the adapted layers."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r), so that high ranks keep learning."""
+    init_lora_weights: bool | Literal["gaussian"] = True
+    """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. False: both random, for tests."""
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Rank of the modules whose path ends in the key (a regular expression), instead of r."""
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    """lora_alpha of the modules whose path ends in the key (a regular expression)."""
+
+    megatron_config: dict[str, Any] | None = None
+    """PEFT's field for Megatron's parallel layers."""
+    megatron_core: str | None = "megatron.core"
+    """PEFT's field for Megatron's parallel layers."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """PEFT's field for training single token embeddings."""
+    loftq_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """PEFT's field for the LoftQ start."""
+    eva_config: dict[str, Any] | None = None
+    """PEFT's field for the EVA start."""
+    corda_config: dict[str, Any] | None = None
+    """PEFT's field for the CorDA start."""
+    lora_ga_config: dict[str, Any] | None = None
+    """PEFT's field for the LoRA-GA start."""
+    use_dora: bool = False
+    """PEFT's switch for DoRA."""
+    velora_config: dict[str, Any] | None = None
+    """PEFT's field for VeLoRA."""
+    alora_invocation_tokens: list[int] | None = None
+    """PEFT's field for aLoRA."""
+    use_qalora: bool = False
+    """PEFT's switch for QA-LoRA."""
+    qalora_group_size: int = 16
+    """PEFT's field for QA-LoRA."""
+    monteclora_config: dict[str, Any] | None = None
+    """PEFT's field for MonteCLoRA."""
+    layer_replication: list[tuple[int, int]] | None = None
+    """PEFT's field for repeating layers."""
+    lora_bias: bool = False
+    """PEFT's switch for a bias in B."""
+    target_parameters: list[str] | None = None
+    """PEFT's field for raw parameters (mixture-of-experts weights)."""
+    use_bdlora: dict[str, Any] | None = None
+    """PEFT's field for block-diagonal LoRA."""
+    arrow_config: dict[str, Any] | None = None
+    """PEFT's field for Arrow routing."""
+    kasa_config: dict[str, Any] | None = None
+    """PEFT's field for KaSA."""
+    ensure_weight_tying: bool = False
+    """PEFT's switch for tied adapters on tied embeddings."""
+
+    not_yet: ClassVar[dict[str, str]] = dict.fromkeys(
+        (
+            "megatron_config megatron_core trainable_token_indices use_dora velora_config alora_invocation_tokens "
+            "use_qalora monteclora_config layer_replication lora_bias target_parameters use_bdlora arrow_config "
+            "kasa_config ensure_weight_tying eva_config corda_config lora_ga_config loftq_config"
+        ).split(),
+        "inlay has plain LoRA and rsLoRA so far; leave this field at its default",
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse ranks, scales and switches that cannot be."""
+        super().__post_init__()
+        for name, rank in {"r": self.r, **self.rank_pattern}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise UserError(f"{name}={rank!r} is no rank: give a whole number of at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1")
+        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+                raise UserError(f"{name}={alpha!r} is no scale: give a finite number")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise UserError(f"bias={self.bias!r} is not one of none, all, lora_only")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise UserError(
+                f"init_lora_weights={self.init_lora_weights!r} is not one of true, false, gaussian"
+            )
+
+    def at(self, site: str) -> Self:
+        """Return the settings at `site`, its own rank and alpha resolved."""
+        if not (self.rank_pattern or self.alpha_pattern):
+            return self
+        r = self.pattern(self.rank_pattern, site, self.r)
+        return self.replace(r=r, lora_alpha=self.pattern(self.alpha_pattern, site, self.lora_alpha))
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the update."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class Lora(Delta):
+    """The update s B A of one layer."""
+
+    config: LoraConfig
+
+    def __init__(
+        self, config: LoraConfig, base: Base, *, device: torch.device | None = None
+    ) -> None:
+        """Make A [R, I] and B [O, R]."""
+        super().__init__(config, base, device=device)
+        out_features, in_features = base.shape
+        self.lora_A = self.parameter(config.r, in_features)
+        self.lora_B = self.parameter(out_features, config.r)
+
+    def reset(self, base: Base) -> None:
+        """Make one factor random and the other zero: an untrained update changes nothing.
+
+        On an embedding it is A, the side of the ids, that is zero, so that a token's first step is its own.
+        """
+        super().reset(base)
+        init, (a, b) = self.config.init_lora_weights, (self.lora_A, self.lora_B)
+        if base.kind == "embedding":
+            nn.init.normal_(b)
+            nn.init.zeros_(a) if init else nn.init.normal_(a)
+            return
+        if init == "gaussian":
+            nn.init.normal_(a, std=1 / self.config.r)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        nn.init.zeros_(b) if init else nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+
+    def delta(self, dtype: torch.dtype) -> Tensor:
+        """Return s B A [O, I]."""
+        return self.config.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+
+    def update(self, base: Base, x: Tensor) -> Tensor:
+        """Return s B (A x), never the product of the two."""
+        if x.is_floating_point():
+            x = F.dropout(x.to(self.lora_A.dtype), self.config.lora_dropout, self.training)
+        return base.up(base.down(x, self.lora_A), self.lora_B) * self.config.scaling
+
+    def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return PEFT's names; a convolution's factors are convolutions in the file."""
+        found = super().keys(base)
+        del found["lora_A"], found["lora_B"]
+        names = ("lora_embedding_A", "lora_embedding_B") if base.kind == "embedding" else NAMES
+        for key, name, shape in zip(
+            names, ("lora_A", "lora_B"), base.file_shapes(self.config.r), strict=True
+        ):
+            found[key] = (name, shape)
+        return found
+
+
+NAMES = ("lora_A.weight", "lora_B.weight")
+METHOD = Method(LoraConfig, Lora)
