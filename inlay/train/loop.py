@@ -1,0 +1,365 @@
+"""The training loop: gradient, clip, AdamW, and what is written down on the way.
+
+Everything a step does is a function of the weights, the optimizer's state, the seed and the step's
+number. So a run killed at any moment and resumed from a checkpoint ends with the same bits as one
+that was left alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from inlay.checkpoint.train import Checkpoint, newest_verified, prune, write_checkpoint
+from inlay.core.errors import UserError
+from inlay.train.distributed import add_up, rank, wait, world
+from inlay.train.evaluate import evaluate_loss
+from inlay.train.events import Events, memory_mb
+from inlay.train.optim import make_optimizer
+from inlay.train.order import Order
+from inlay.train.plot import plot_loss
+from inlay.train.precision import choose, device_of
+from inlay.train.resume import check_same_run, digest_rows, fill, gather_tensors
+from inlay.train.schedule import learning_rate
+from inlay.train.settings import TrainConfig
+from inlay.train.setup import require_fresh, trainable, training_mode
+from inlay.train.signals import Stop, stop_signals
+from inlay.train.step import NonFiniteError, Stepper
+
+Stopped = Literal["done", "early", "sigterm", "sigint"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. Losses are per trained token; None where there was none."""
+
+    step: int
+    total_steps: int
+    stopped: Stopped
+    train_loss: float | None
+    eval_loss: float | None
+    best_eval_loss: float | None
+    best_step: int | None
+    tokens: int
+    seconds: float
+    checkpoint: Path | None
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds besides tensors: where the run stands."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    eval_step: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evals_without_best: int = 0
+    window: dict[str, float] = field(default_factory=dict)
+    """Sums since the last line of events.jsonl."""
+
+
+def fit(
+    model: nn.Module,
+    tokenizer: Any,
+    objective: Any,
+    train: Sequence[Any],
+    eval: Sequence[Any],
+    config: TrainConfig,
+    folder: str | Path,
+    events: Events,
+    resume: bool = False,
+) -> Outcome:
+    """Train what requires a gradient in `model` on `train`; return how it ended.
+
+    `folder` is the run folder: checkpoints/step-N/, events.jsonl (through `events`) and loss.png
+    are written there. `resume` goes on from the newest checkpoint that verifies, or starts where
+    there is none. On SIGTERM or Ctrl-C the step is finished and saved, and Outcome.stopped says so.
+    Global random state and the model's mode are put back.
+
+    Raises UserError: nothing to train or no rows; a folder that holds another run; a full disk.
+    NonFiniteError (a UserError): a NaN or infinite loss or gradient, before it touched the weights.
+    """
+    config.validate()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(_cuda_devices()))
+        stack.enter_context(training_mode(model, config))
+        stop = stack.enter_context(stop_signals())
+        run = _Run(model, tokenizer, objective, train, eval, config, Path(folder), events)
+        run.restore() if resume else run.start()
+        return run.go(stop)
+
+
+class _Run:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        objective: Any,
+        train: Sequence[Any],
+        eval: Sequence[Any],
+        config: TrainConfig,
+        folder: Path,
+        events: Events,
+    ) -> None:
+        if not train:
+            raise UserError(
+                "there are no training rows; ledger.jsonl of the run says what was dropped, and why"
+            )
+        if not eval and (config.early_stopping_patience or config.restore_best):
+            raise UserError(
+                "early_stopping_patience and restore_best need held-out rows: set data.eval_fraction"
+            )
+        self.model, self.config, self.events = model, config, events
+        self.train, self.eval, self.folder = train, eval, folder
+        self.parameters = trainable(model)
+        self.optimizer = make_optimizer(self.parameters, config)
+        precision = choose(config.precision, model)
+        self.stepper = Stepper(model, self.parameters, objective, tokenizer, precision, config.seed)
+        per_step = config.micro_batch_size * config.gradient_accumulation_steps * world()
+        self.order = Order(len(train), per_step, config.seed)
+        self.total = config.max_steps or max(
+            1, math.ceil(config.num_epochs * self.order.steps_per_epoch)
+        )
+        self.eval_every = config.eval_steps or self.order.steps_per_epoch
+        self.progress = Progress()
+        self.identity = {
+            **config.identity(),
+            "devices": world(),
+            "rows": digest_rows(train, objective.size),
+        }
+        self.saved: int | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of this run's checkpoints."""
+        return self.folder / "checkpoints"
+
+    def start(self) -> None:
+        """Begin at step 0."""
+        if rank() == 0:
+            require_fresh(self.folder)
+            self.events.rewind(-1)
+        self.emit("start", steps=self.total, **self._facts())
+
+    def restore(self) -> None:
+        """Begin where the newest verified checkpoint stands, or at step 0."""
+        notices: list[str] = []
+        found = newest_verified(self.checkpoints, notices.append)
+        wait()
+        if found is not None:
+            state = found.state()
+            check_same_run(found.path, state["identity"], self.identity)
+            fill(self.parameters, self.optimizer, found.tensors())
+            self.progress = Progress(**state["progress"])
+            self.saved = found.step
+        if rank() == 0:
+            self.events.rewind(self.progress.step if found else -1)
+        if found is None:
+            self.emit("start", steps=self.total, **self._facts())
+        for text in notices:
+            self.emit("notice", text=text)
+        if found is not None:
+            self.emit("resume", steps=self.total, path=str(found.path.relative_to(self.folder)))
+
+    def go(self, stop: Stop) -> Outcome:
+        """Make the steps that are left."""
+        progress, config = self.progress, self.config
+        self.session = (time.monotonic(), progress.step)
+        stopped: Stopped | None = None
+        while stopped is None:
+            if self._is_early():
+                stopped = "early"
+            elif progress.step >= self.total:
+                stopped = "done"
+            else:
+                self.one_step()
+                last = progress.step >= self.total
+                if self.eval and (last or progress.step % self.eval_every == 0):
+                    self.evaluate()
+                if last or (config.save_steps and progress.step % config.save_steps == 0):
+                    self.save()
+                stopped = self._asked(stop)
+        self.save()
+        return self.finish(stopped)
+
+    def one_step(self) -> None:
+        """Make one step: gradient, clip, update, line."""
+        progress, config = self.progress, self.config
+        began = time.monotonic()
+        try:
+            sums = self.stepper.gradient(progress.step, self.micros(progress.step))
+        except NonFiniteError as error:
+            self.emit("nonfinite", at=error.step, rows=list(error.rows), text=str(error))
+            raise
+        if config.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(
+                self.parameters.values(), config.max_grad_norm, sums.grad_norm
+            )
+        lr = learning_rate(progress.step, self.total, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.tokens += sums.tokens
+        progress.train_loss = sums.loss
+        seconds = time.monotonic() - began
+        progress.seconds += seconds
+        found = {
+            "loss": sums.loss,
+            "grad_norm": float(sums.grad_norm),
+            "steps": 1,
+            "seconds": seconds,
+        }
+        found |= {"tokens": sums.tokens, "trained_tokens": sums.trained_tokens}
+        progress.window = {
+            name: progress.window.get(name, 0) + value for name, value in found.items()
+        }
+        if progress.step % config.logging_steps == 0 or progress.step == self.total:
+            self.log(lr)
+
+    def micros(self, step: int) -> list[list[Any]]:
+        """Return this rank's micro-batches of `step`, as rows."""
+        rows = [self.train[i] for i in self.order.indices(step)]
+        # how a step is cut does not matter (law 2), so rows of like size go together: less padding
+        rows.sort(key=self.stepper.objective.size)
+        size = self.config.micro_batch_size
+        return [rows[i : i + size] for i in range(0, len(rows), size)][rank() :: world()]
+
+    def log(self, lr: float) -> None:
+        """Write the line of the steps since the last one."""
+        progress, window = self.progress, self.progress.window
+        began, first = self.session
+        pace = (time.monotonic() - began) / (progress.step - first)
+        self.emit(
+            "step",
+            steps=self.total,
+            epoch=round(progress.step / self.order.steps_per_epoch, 4),
+            loss=window["loss"] / window["steps"],
+            lr=lr,
+            grad_norm=window["grad_norm"] / window["steps"],
+            tokens=int(window["tokens"]),
+            trained_tokens=window["trained_tokens"],
+            tokens_per_s=round(window["tokens"] / max(window["seconds"], 1e-9), 1),
+            memory_mb=memory_mb(device_of(self.model)),
+            eta_s=round(pace * (self.total - progress.step), 1),
+        )
+        progress.window = {}
+
+    def evaluate(self) -> None:
+        """Measure the held-out rows; save where it is the best so far and is wanted."""
+        progress, config = self.progress, self.config
+        stepper = self.stepper
+        size = config.eval_batch_size or config.micro_batch_size
+        score = evaluate_loss(
+            self.model,
+            stepper.tokenizer,
+            stepper.objective,
+            self.eval,
+            batch_size=size,
+            precision=stepper.precision,
+        )
+        progress.eval_loss, progress.eval_step = score.loss, progress.step
+        best = (
+            progress.best_loss is None
+            or score.loss < progress.best_loss - config.early_stopping_threshold
+        )
+        if best:
+            progress.best_loss, progress.best_step, progress.evals_without_best = (
+                score.loss,
+                progress.step,
+                0,
+            )
+        else:
+            progress.evals_without_best += 1
+        self.emit(
+            "eval", loss=score.loss, perplexity=score.perplexity, tokens=score.tokens, best=best
+        )
+        if best and config.restore_best:
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint of this step unless it is there; remove those beyond the limit."""
+        if self.saved == self.progress.step:
+            return
+        if rank() == 0:
+            tensors = gather_tensors(self.parameters, self.optimizer)
+            state = {"identity": self.identity, "progress": asdict(self.progress)}
+            written = write_checkpoint(self.checkpoints, self.progress.step, tensors, state)
+            keep = self.progress.best_step if self.config.restore_best else None
+            prune(self.checkpoints, self.config.save_total_limit, keep=keep)
+            self.emit("save", path=str(written.path.relative_to(self.folder)))
+        self.saved = self.progress.step
+        wait()
+
+    def finish(self, stopped: Stopped) -> Outcome:
+        """Put the best weights back where they are wanted, draw the plot, say the end."""
+        progress = self.progress
+        if (
+            stopped in ("done", "early")
+            and self.config.restore_best
+            and progress.best_step is not None
+        ):
+            best = Checkpoint(self.checkpoints / f"step-{progress.best_step}", progress.best_step)
+            fill(self.parameters, None, best.tensors())
+        outcome = Outcome(
+            step=progress.step,
+            total_steps=self.total,
+            stopped=stopped,
+            train_loss=progress.train_loss,
+            eval_loss=progress.eval_loss,
+            best_eval_loss=progress.best_loss,
+            best_step=progress.best_step,
+            tokens=progress.tokens,
+            seconds=round(progress.seconds, 3),
+            checkpoint=self.checkpoints / f"step-{self.saved}",
+        )
+        told = {
+            key: value
+            for key, value in asdict(outcome).items()
+            if key not in ("step", "checkpoint")
+        }
+        self.emit("end", **told)
+        if rank() == 0:
+            plot_loss(self.folder)
+        return outcome
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Write an event of the step where the run stands (rank 0 only)."""
+        if rank() == 0:
+            self.events.emit(event, self.progress.step, **fields)
+
+    def _facts(self) -> dict[str, Any]:
+        counted = sum(parameter.numel() for parameter in self.parameters.values())
+        precision = str(self.stepper.precision).removeprefix("torch.")
+        return {
+            "rows": len(self.train),
+            "eval_rows": len(self.eval),
+            "trainable": counted,
+            "precision": precision,
+        }
+
+    def _is_early(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.progress.evals_without_best >= patience
+
+    def _asked(self, stop: Stop) -> Stopped | None:
+        # told to one rank, told to all: they must leave at the same step
+        told = add_up(torch.tensor(float(stop.asked is not None), device=device_of(self.model)))
+        return (stop.asked or "sigterm") if told.item() else None
+
+
+def _cuda_devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []

@@ -1,0 +1,41 @@
+"""The arithmetic of a pass: float32, or bfloat16 by autocast over weights that stay as they are."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+
+def choose(precision: Literal["auto", "float32", "bfloat16"], model: nn.Module) -> torch.dtype:
+    """Return torch.float32 or torch.bfloat16.
+
+    "auto" is bfloat16 where `model` has bfloat16 weights (in float32 every product would be cast up
+    first), or where its device multiplies bfloat16 natively: CUDA from compute 8.0, CPUs with AMX.
+    AVX-512 BF16 alone does not count: with autocast's casts it was slower than float32 on small
+    models and gave up digits for nothing.
+    """
+    if precision != "auto":
+        return getattr(torch, precision)
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        return torch.bfloat16
+    device = device_of(model)
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which the forward pass runs."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where `model` takes its inputs: the device of its first parameter."""
+    return next(model.parameters()).device

@@ -1,0 +1,97 @@
+"""What of a run goes into a checkpoint's tensors and comes back, and whether it is the same run.
+
+    weights.NAME              every trained parameter
+    optimizer.KIND.NAME       its AdamW state: exp_avg, exp_avg_sq, step
+
+There is no random state to save: each micro-batch is seeded by the run's seed and its own number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.errors import UserError
+from inlay.train.optim import load_optimizer_tensors, optimizer_tensors
+
+
+def gather_tensors(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint."""
+    weights = {f"weights.{name}": parameter.data for name, parameter in parameters.items()}
+    state = optimizer_tensors(optimizer, parameters)
+    return weights | {f"optimizer.{name}": value for name, value in state.items()}
+
+
+def fill(
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer | None,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Copy a checkpoint's tensors into `parameters` and `optimizer` (where given).
+
+    Raises UserError, with nothing copied, that lists every name and shape that differs.
+    """
+    weights = {
+        name.removeprefix("weights."): t
+        for name, t in tensors.items()
+        if name.startswith("weights.")
+    }
+    wrong = [f"{name} is missing" for name in parameters.keys() - weights.keys()]
+    wrong += [f"{name} is not trained here" for name in weights.keys() - parameters.keys()]
+    wrong += [
+        f"{name} is {list(weights[name].shape)}, not {list(p.shape)}"
+        for name, p in parameters.items()
+        if name in weights and weights[name].shape != p.shape
+    ]
+    if wrong:
+        shown = "; ".join(sorted(wrong)[:20])
+        raise UserError(
+            f"the checkpoint is not of this model and adapter: {shown}; "
+            f"use the run's own recipe to resume"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            # copied into the memory the model has: a tensor that views the file may be aligned
+            # another way, and # matrix products may then round another way
+            parameter.copy_(weights[name])
+    if optimizer is not None:
+        state = {
+            n.removeprefix("optimizer."): t
+            for n, t in tensors.items()
+            if n.startswith("optimizer.")
+        }
+        load_optimizer_tensors(optimizer, parameters, state)
+
+
+def check_same_run(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise UserError that lists how the run of the checkpoint at `path` differs from this one."""
+    differ = [
+        name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)
+    ]
+    if not differ:
+        return
+    told = "; ".join(
+        "the training rows are not the same"
+        if name == "rows"
+        else f"{name} was {theirs.get(name)}, now {ours.get(name)}"
+        for name in differ
+    )
+    raise UserError(
+        f"{path} is of a run with other settings, which it cannot go on with: {told}. "
+        f"Resume with the settings of that run, or give another output_dir"
+    )
+
+
+def digest_rows(rows: Sequence[Any], size: Any) -> str:
+    """Return a digest of which rows there are, how long each is, and in what order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{row.row_id} {size(row)}\n".encode())
+    return digest.hexdigest()

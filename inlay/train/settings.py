@@ -1,0 +1,163 @@
+"""The settings of a training run, each stated once; recipe and command line derive from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from inlay.core.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train: steps, optimizer, precision, and what to write when."""
+
+    num_epochs: float = 1.0
+    """Passes over the training rows; a fraction ends within one."""
+
+    max_steps: int | None = None
+    """Optimizer steps, in place of num_epochs."""
+
+    micro_batch_size: int = 4
+    """Rows to a forward pass on one device; fewer take less memory, with the same result."""
+
+    gradient_accumulation_steps: int = 4
+    """Micro-batches to one optimizer step: a step sees micro_batch_size * this * devices rows."""
+
+    eval_batch_size: int | None = None
+    """Rows to a forward pass of an evaluation; left out = micro_batch_size."""
+
+    packing: bool = False
+    """Join each micro-batch into one row without padding; changes the speed, not the result."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate of AdamW."""
+
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """After the warmup: half a cosine or a straight line down to 0, or the peak throughout."""
+
+    warmup_ratio: float = 0.03
+    """Part of all steps over which the learning rate rises from 0 in a straight line."""
+
+    warmup_steps: int | None = None
+    """Steps of the warmup, in place of warmup_ratio."""
+
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay, on matrices only: never on biases, norms, or other vectors."""
+
+    adam_beta1: float = 0.9
+    """Decay of AdamW's running mean of the gradient."""
+
+    adam_beta2: float = 0.999
+    """Decay of AdamW's running mean of the squared gradient."""
+
+    adam_epsilon: float = 1e-8
+    """Added to AdamW's denominator."""
+
+    max_grad_norm: float = 1.0
+    """A step's gradient is scaled down to this 2-norm where it is larger; 0 = never."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward and backward arithmetic; the trained weights stay as they are.
+
+    auto = bfloat16 where the model
+    holds bfloat16 weights or the device multiplies it natively (CUDA compute 8.0 and up, CPUs with
+    AMX)."""
+
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass, not keep them: slower, much less memory."""
+
+    eval_steps: int | None = None
+    """Steps between evaluations; left out = after each epoch. There is always one at the end."""
+
+    early_stopping_patience: int | None = None
+    """Evaluations in a row without a lower loss after which the run ends; left out = never."""
+
+    early_stopping_threshold: float = 0.0
+    """By how much the evaluation loss must fall to count as lower."""
+
+    restore_best: bool = False
+    """End with the weights of the lowest evaluation loss instead of the last ones."""
+
+    save_steps: int | None = 100
+    """Steps between checkpoints; left out = only at the end (and when the run is told to stop)."""
+
+    save_total_limit: int = 2
+    """Checkpoints kept; the newest that verifies and the best one are never removed."""
+
+    logging_steps: int = 1
+    """Steps between lines of events.jsonl; a line holds the mean over them."""
+
+    seed: int = 42
+    """Of the order of rows and of dropout; both depend on it and the step alone, so that a resumed
+    run equals a whole one."""
+
+    def validate(self) -> None:
+        """Raise UserError for the first value that cannot be: what it is, what it may be."""
+        positive = (
+            "num_epochs",
+            "max_steps",
+            "micro_batch_size",
+            "gradient_accumulation_steps",
+            "eval_batch_size",
+        )
+        positive += (
+            "eval_steps",
+            "save_steps",
+            "save_total_limit",
+            "logging_steps",
+            "early_stopping_patience",
+        )
+        for name in positive:
+            self._require(name, lambda value: value > 0, "above 0")
+        for name in ("learning_rate", "adam_epsilon"):
+            self._require(name, lambda value: 0 < value < float("inf"), "above 0 and finite")
+        for name in (
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "early_stopping_threshold",
+            "seed",
+        ):
+            self._require(name, lambda value: value >= 0, "0 or more")
+        self._require("warmup_ratio", lambda value: 0 <= value <= 1, "between 0 and 1")
+        for name in ("adam_beta1", "adam_beta2"):
+            self._require(name, lambda value: 0 <= value < 1, "at least 0 and below 1")
+        for name, choices in (
+            ("lr_scheduler", ("cosine", "linear", "constant")),
+            ("precision", ("auto", "float32", "bfloat16")),
+        ):
+            self._require(
+                name,
+                lambda value, choices=choices: value in choices,
+                "one of " + ", ".join(choices),
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that a resumed run must share with the run it goes on with."""
+        free = {
+            "num_epochs",
+            "max_steps",
+            "eval_batch_size",
+            "save_steps",
+            "save_total_limit",
+            "logging_steps",
+        }
+        free |= {
+            "eval_steps",
+            "early_stopping_patience",
+            "early_stopping_threshold",
+            "restore_best",
+        }
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in free
+        }
+
+    def _require(self, name: str, holds: Any, what: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not holds(
+            value
+        ):  # NaN holds nothing, and is refused with the rest
+            raise UserError(f"train.{name} is {value!r}; it must be {what}")
