@@ -17,7 +17,7 @@ from pathlib import Path
 
 from inlay.core.errors import UserError
 
-_PARTIAL = re.compile(r"^\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>partial|old)$")
+_PARTIAL = re.compile(r"^\.(?P<name>.+)\.(?P<pid>\d{1,9})\.(?P<kind>partial|old)$")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 

@@ -11,9 +11,9 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,47 +27,13 @@ from inlay.train.optim import make_optimizer
 from inlay.train.order import Order
 from inlay.train.plot import plot_loss
 from inlay.train.precision import choose, device_of
+from inlay.train.progress import Outcome, Progress, Stopped
 from inlay.train.resume import check_same_run, digest_rows, fill, gather_tensors
 from inlay.train.schedule import learning_rate
 from inlay.train.settings import TrainConfig
 from inlay.train.setup import require_fresh, trainable, training_mode
 from inlay.train.signals import Stop, stop_signals
 from inlay.train.step import NonFiniteError, Stepper
-
-Stopped = Literal["done", "early", "sigterm", "sigint"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended. Losses are per trained token; None where there was none."""
-
-    step: int
-    total_steps: int
-    stopped: Stopped
-    train_loss: float | None
-    eval_loss: float | None
-    best_eval_loss: float | None
-    best_step: int | None
-    tokens: int
-    seconds: float
-    checkpoint: Path | None
-
-
-@dataclass
-class Progress:
-    """What a checkpoint holds besides tensors: where the run stands."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    train_loss: float | None = None
-    eval_loss: float | None = None
-    eval_step: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    evals_without_best: int = 0
-    window: dict[str, float] = field(default_factory=dict)
-    """Sums since the last line of events.jsonl."""
 
 
 def fit(
@@ -119,7 +85,8 @@ class _Run:
             )
         if not eval and (config.early_stopping_patience or config.restore_best):
             raise UserError(
-                "early_stopping_patience and restore_best need held-out rows: set data.eval_fraction"
+                "early_stopping_patience and restore_best need held-out rows: "
+                "set data.eval_fraction"
             )
         self.model, self.config, self.events = model, config, events
         self.train, self.eval, self.folder = train, eval, folder

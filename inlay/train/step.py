@@ -30,13 +30,14 @@ class NonFiniteError(UserError):
         )
         super().__init__(
             f"{what} at step {step}, in rows {shown}; the weights were not touched. "
-            f"Look at these rows; if they are sound, lower train.learning_rate, or set train.precision float32"
+            f"Look at these rows; if they are sound, lower train.learning_rate, "
+            f"or set train.precision float32"
         )
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What a step added up over micro-batches and ranks; the gradients, not clipped, are in .grad."""
+    """What a step added up over micro-batches and ranks; .grad holds the gradients, not clipped."""
 
     loss: float
     grad_norm: Tensor
