@@ -94,7 +94,7 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise UserError for the first value that cannot be: what it is, what it may be."""
-        positive = (
+        positive: tuple[str, ...] = (
             "num_epochs",
             "max_steps",
             "micro_batch_size",

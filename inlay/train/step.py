@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.errors import UserError
-from inlay.train.distributed import add_up, add_up_gradients, gather
+from inlay.train.distributed import add_up, add_up_gradients, gather, rank, world
 from inlay.train.order import seed_of
 from inlay.train.precision import autocast, device_of
 
@@ -96,7 +96,8 @@ class Stepper:
         )
 
     def _reseed(self, step: int, micro: int) -> None:
-        torch.manual_seed(seed_of(self.seed, step, micro))
+        # numbered over all ranks, as they are dealt: two ranks draw what one would have drawn
+        torch.manual_seed(seed_of(self.seed, step, micro * world() + rank()))
 
     def _share(self, batch: Any, norm: dict[str, Tensor]) -> Tensor:
         with autocast(self.precision, device_of(self.model)):

@@ -1,0 +1,170 @@
+"""Greedy answers to held-out rows, and which of them are exactly the expected ones.
+
+A chat row asks with everything before its last assistant message and expects that message; a
+prompt/completion row asks with the prompt. Rows are answered in batches, padded on the left, and an
+answer ends at the first token that ends a turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from inlay.core.errors import UserError
+from inlay.data.rows import Chat, Completion, Message
+from inlay.train.evaluate import inference
+from inlay.train.precision import autocast, device_of
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One row's question and what came of it; `expected` and `answer` without space at the ends."""
+
+    row: str
+    prompt: str
+    expected: str
+    answer: str
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answer is the expected one, character by character."""
+        return self.answer == self.expected
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers in the order of their rows."""
+
+    answers: tuple[Answer, ...]
+
+    @property
+    def correct(self) -> int:
+        """How many are correct."""
+        return sum(answer.correct for answer in self.answers)
+
+    @property
+    def exact_match(self) -> float:
+        """The part that is correct, 0 to 1; 0 where there are no rows."""
+        return self.correct / len(self.answers) if self.answers else 0.0
+
+
+def exact_match(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Any],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    precision: torch.dtype = torch.float32,
+) -> Answers:
+    """Return the model's greedy answer to each of `rows` (Chat or Completion), beside the expected.
+
+    For the base beside the adapter call it once more within `model.disable_adapter()`. Raises
+    UserError for a row that has no answer to compare with.
+    """
+    questions = [_question(row, tokenizer) for row in rows]
+    stops = stop_ids(model, tokenizer)
+    # like lengths together: the least padding; the order of rows is put back below
+    order = sorted(range(len(rows)), key=lambda i: len(questions[i].ids))
+    found: dict[int, str] = {}
+    with inference(model), torch.no_grad(), autocast(precision, device_of(model)):
+        for at in range(0, len(order), batch_size):
+            chosen = order[at : at + batch_size]
+            prompts = [questions[i].ids for i in chosen]
+            texts = _generate(model, tokenizer, prompts, stops, max_new_tokens)
+            found.update(zip(chosen, texts, strict=True))
+    return Answers(
+        tuple(
+            Answer(question.row, question.shown, question.expected.strip(), found[i].strip())
+            for i, question in enumerate(questions)
+        )
+    )
+
+
+def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Return the tokens that end an answer: the model's, the tokenizer's, the chat template's."""
+    config = getattr(model, "generation_config", None)
+    given = getattr(config, "eos_token_id", None)
+    found = set(given if isinstance(given, list) else [given])
+    found |= {tokenizer.eos_token_id, _end_of_turn(tokenizer)}
+    return sorted(found - {None})
+
+
+@dataclass(frozen=True)
+class _Question:
+    row: str
+    shown: str
+    ids: list[int]
+    expected: str
+
+
+def _question(row: Any, tokenizer: Any) -> _Question:
+    where = f"{row.source.file}:{row.source.line}"
+    if isinstance(row, Completion):
+        ids = tokenizer(row.prompt)["input_ids"]
+        # some tokenizers end every text with the token that ends an answer
+        if ids and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+        return _Question(where, row.prompt, ids or [tokenizer.eos_token_id], row.completion)
+    if not isinstance(row, Chat):
+        raise UserError(f"{where}: exact match needs chats or completions, not plain text")
+    last = max((i for i, m in enumerate(row.messages) if m.role == "assistant"), default=0)
+    if last == 0:
+        raise UserError(f"{where}: there is no assistant message after a question to compare with")
+    text = tokenizer.apply_chat_template(
+        [_plain(message) for message in row.messages[:last]],
+        tools=row.tools or None,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _Question(where, row.messages[last - 1].content, ids, row.messages[last].content)
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    optional = {"tool_calls": message.tool_calls, "name": message.name}
+    given = {key: value for key, value in optional.items() if value}
+    return {"role": message.role, "content": message.content, **given}
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<b>"}]
+    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("<b>")[2]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return next((token for token in ids if token in special), None)
+
+
+def _generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    stops: Iterable[int],
+    max_new_tokens: int,
+) -> list[str]:
+    from transformers import GenerationConfig
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
+    width = max(map(len, prompts))
+    device = device_of(model)
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(stops) or None,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    made = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)  # type: ignore[operator]
+    texts = []
+    for row in made[:, width:].tolist():
+        end = next((i for i, token in enumerate(row) if token in set(stops)), len(row))
+        texts.append(tokenizer.decode(row[:end], skip_special_tokens=True))
+    return texts

@@ -1,0 +1,115 @@
+"""Law 2: shares add up. However a step's rows are cut, loss and gradient are the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from inlay.data.encode import Example
+from inlay.data.rows import Chat, Source, Text
+from inlay.objectives import OBJECTIVES
+from inlay.train.evaluate import evaluate_loss
+from inlay.train.step import Stepper
+
+CUTS = {
+    "1x8": [8],
+    "2x4": [4, 4],
+    "4x2": [2, 2, 2, 2],
+    "8x1": [1] * 8,
+    "uneven": [3, 1, 4],
+}
+
+
+def token_rows(count: int = 8) -> list[Example]:
+    """Rows of unlike lengths and masks; the third is masked whole."""
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for i in range(count):
+        length = int(torch.randint(3, 12, (), generator=generator))
+        ids = torch.randint(5, 300, (length,), generator=generator).tolist()
+        masked = length if i == 2 else int(torch.randint(0, length, (), generator=generator))
+        labels = [-100] * masked + ids[masked:]
+        rows.append(
+            Example(input_ids=ids, labels=labels, row_id=f"{i}", source=Source("law.jsonl", i + 1))
+        )
+    return rows
+
+
+# what an objective eats -> rows of it; a new kind of row needs a line here
+ROWS = {Chat: token_rows, Text: token_rows}
+
+
+@pytest.fixture(scope="module")
+def policy() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=320,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        return LlamaForCausalLM(config).float()
+
+
+def step(policy, objective, tokenizer, cut):
+    """Return the loss and the gradients of one step over the law's rows, cut as `cut` says."""
+    rows = ROWS[objective.row]()
+    micros, at = [], 0
+    for size in cut:
+        micros.append(rows[at : at + size])
+        at += size
+    parameters = dict(policy.named_parameters())
+    stepper = Stepper(policy, parameters, objective, tokenizer, torch.float32, seed=0)
+    sums = stepper.gradient(0, micros)
+    gradients = {name: parameter.grad for name, parameter in parameters.items()}
+    policy.zero_grad(set_to_none=True)
+    return sums, gradients
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_cut_gives_the_gradient_of_the_whole(policy, tiny_tokenizer, name, cut, packing):
+    whole, expected = step(policy, OBJECTIVES[name](), tiny_tokenizer, [8])
+    objective = OBJECTIVES[name](packing=packing)
+    sums, gradients = step(policy, objective, tiny_tokenizer, CUTS[cut])
+    assert sums.loss == pytest.approx(whole.loss, abs=1e-6)
+    assert sums.trained_tokens == whole.trained_tokens
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_evaluation_loss_does_not_depend_on_the_batch_size(
+    policy, tiny_tokenizer, name, packing
+):
+    rows = ROWS[OBJECTIVES[name].row]()
+    whole = evaluate_loss(policy, tiny_tokenizer, OBJECTIVES[name](), rows, batch_size=8)
+    for size in (1, 3):
+        objective = OBJECTIVES[name](packing=packing)
+        part = evaluate_loss(policy, tiny_tokenizer, objective, rows, batch_size=size)
+        assert part.loss == pytest.approx(whole.loss, abs=1e-6)
+        assert part.tokens == whole.tokens
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_step_is_the_mean_over_tokens_and_not_the_mean_of_the_rows_means(
+    policy, tiny_tokenizer, name
+):
+    """The commonest mistake must be visible in these rows, or the law above proves nothing."""
+    objective = OBJECTIVES[name]()
+    rows = ROWS[objective.row]()
+    each = [evaluate_loss(policy, tiny_tokenizer, objective, [row]) for row in rows]
+    counted = [score for score in each if score.tokens]
+    whole = sum(s.loss * s.tokens for s in counted) / sum(s.tokens for s in counted)
+    means = sum(s.loss for s in counted) / len(counted)
+    sums, _ = step(policy, objective, tiny_tokenizer, [1] * 8)
+    assert sums.loss == pytest.approx(whole, abs=1e-6)
+    assert abs(means - whole) > 1e-3
