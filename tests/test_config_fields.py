@@ -10,7 +10,12 @@ import pytest
 
 FIELDS = {
     "inlay.core.config:AdapterConfig": """
-        auto_mapping base_model_name_or_path inference_mode peft_type peft_version revision task_type
+        auto_mapping base_model_name_or_path inference_mode peft_type peft_version revision
+        task_type
+    """,
+    "inlay.data.settings:DataConfig": """
+        chat_template chat_template_kwargs eval_fraction eval_path format limit max_length name
+        overlong path revision split train_on
     """,
     "inlay.methods.lora:LoraConfig": """
         alpha_pattern auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out
