@@ -1,0 +1,1 @@
+"""Training data: files -> rows -> examples of token ids and labels -> batches."""
