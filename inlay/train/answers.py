@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from inlay.core.errors import UserError
-from inlay.data.rows import Chat, Completion, Message
+from inlay.data.rows import Chat, Completion
 from inlay.train.evaluate import inference
 from inlay.train.precision import autocast, device_of
 
@@ -103,7 +102,7 @@ class _Question:
 
 
 def _question(row: Any, tokenizer: Any) -> _Question:
-    where = f"{row.source.file}:{row.source.line}"
+    where = str(row.source)
     if isinstance(row, Completion):
         ids = tokenizer(row.prompt)["input_ids"]
         # some tokenizers end every text with the token that ends an answer
@@ -111,24 +110,18 @@ def _question(row: Any, tokenizer: Any) -> _Question:
             ids = ids[:-1]
         return _Question(where, row.prompt, ids or [tokenizer.eos_token_id], row.completion)
     if not isinstance(row, Chat):
-        raise UserError(f"{where}: exact match needs chats or completions, not plain text")
+        raise row.source.error("exact match needs chats or completions, not plain text")
     last = max((i for i, m in enumerate(row.messages) if m.role == "assistant"), default=0)
     if last == 0:
-        raise UserError(f"{where}: there is no assistant message after a question to compare with")
+        raise row.source.error("no assistant message follows a question to compare with")
     text = tokenizer.apply_chat_template(
-        [_plain(message) for message in row.messages[:last]],
-        tools=row.tools or None,
+        [message.fields() for message in row.messages[:last]],
+        tools=list(row.tools) or None,
         add_generation_prompt=True,
         tokenize=False,
     )
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return _Question(where, row.messages[last - 1].content, ids, row.messages[last].content)
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    optional = {"tool_calls": message.tool_calls, "name": message.name}
-    given = {key: value for key, value in optional.items() if value}
-    return {"role": message.role, "content": message.content, **given}
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from inlay.core.errors import UserError
+from inlay.core.inlaid import Inlaid
 from inlay.train.settings import TrainConfig
 
 
@@ -43,31 +44,40 @@ def require_fresh(folder: Path) -> None:
 def training_mode(model: nn.Module, config: TrainConfig) -> Iterator[None]:
     """Put `model` in training mode for a `with` block, checkpointing activations where wanted."""
     was_training = model.training
-    model.train()
-    checkpointing = config.gradient_checkpointing and not getattr(
-        model, "is_gradient_checkpointing", False
-    )
+    # a model that checkpoints already does so as its owner chose, and still will afterwards
+    already = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    checkpointing = config.gradient_checkpointing and not already
     if checkpointing:
-        _checkpoint_activations(model)
+        _switch(model, "enable", _checkpoint_arguments(model))
+    model.train()
     try:
         yield
     finally:
-        if checkpointing:
-            model.gradient_checkpointing_disable()  # type: ignore[operator]
         model.train(was_training)
+        if checkpointing:
+            _switch(model, "disable")
+            # switching it on made the embeddings' outputs require a gradient, by a hook that stays
+            getattr(model, "disable_input_require_grads", lambda: None)()
 
 
-def _checkpoint_activations(model: nn.Module) -> None:
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None:
-        raise UserError(
-            f"{type(model).__name__} cannot checkpoint its activations; "
-            f"set train.gradient_checkpointing false "
-            f"and a smaller train.micro_batch_size"
-        )
-    kwargs: dict[str, Any] = {"use_reentrant": False}
-    selection = getattr(model, "selection", None)
-    if selection is not None:
+def _checkpoint_arguments(model: nn.Module) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"use_reentrant": False}
+    hosts = (module for module in model.modules() if isinstance(module, Inlaid))
+    host = next(hosts, None)
+    if host is not None:
         # the backward pass must recompute with the adapters that the forward pass had
-        kwargs["context_fn"] = selection.checkpoint_context
-    enable(gradient_checkpointing_kwargs=kwargs)
+        arguments["context_fn"] = host.selection.checkpoint_context
+    return arguments
+
+
+def _switch(model: nn.Module, how: str, *arguments: Any) -> None:
+    # transformers calls it activation_... in newer releases, where the older name warns
+    for name in (f"activation_checkpointing_{how}", f"gradient_checkpointing_{how}"):
+        method = getattr(model, name, None)
+        if method is not None:
+            method(*arguments)
+            return
+    raise UserError(
+        f"{type(model).__name__} cannot checkpoint its activations; "
+        f"set train.gradient_checkpointing false and a smaller train.micro_batch_size"
+    )

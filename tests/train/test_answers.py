@@ -11,17 +11,13 @@ from inlay.data.rows import Chat, Completion, Message, Source, Text
 from inlay.train.answers import exact_match, stop_ids
 
 
-def message(role, content):
-    return Message(role=role, content=content)
-
-
 def chat(*turns, line=1):
-    turns = [message(role, content) for role, content in turns]
-    return Chat(messages=turns, tools=(), id=f"{line}", source=Source("held.jsonl", line))
+    turns = tuple(Message(role, content) for role, content in turns)
+    return Chat(messages=turns, source=Source("held.jsonl", line))
 
 
 def completion(prompt, text, line=1):
-    return Completion(prompt=prompt, completion=text, id=f"{line}", source=Source("h.jsonl", line))
+    return Completion(prompt=prompt, completion=text, source=Source("h.jsonl", line))
 
 
 class Scripted(nn.Module):
@@ -92,7 +88,7 @@ def test_rows_without_an_answer_to_compare_with_are_named(tiny_llama, tiny_token
         with pytest.raises(UserError, match=r"held\.jsonl:3"):
             exact_match(model, tiny_tokenizer, [row])
     with pytest.raises(UserError, match="plain text"):
-        exact_match(model, tiny_tokenizer, [Text("t", "1", Source("held.jsonl", 1))])
+        exact_match(model, tiny_tokenizer, [Text("t", Source("held.jsonl", 1))])
 
 
 def test_no_rows_are_no_answers(tiny_llama, tiny_tokenizer):

@@ -283,8 +283,8 @@ def test_activations_computed_again_give_the_same_weights(run, toy):
     class Checkpointed(type(toy.model())):
         kwargs = None
 
-        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs):
-            self.kwargs = gradient_checkpointing_kwargs
+        def gradient_checkpointing_enable(self, kwargs):
+            self.kwargs = kwargs
 
         def gradient_checkpointing_disable(self):
             self.kwargs = None

@@ -1,0 +1,67 @@
+"""What is switched on for a run, and off again after it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from inlay.core.errors import UserError
+from inlay.train.settings import TrainConfig
+from inlay.train.setup import trainable, training_mode
+
+CHECKPOINTING = TrainConfig(gradient_checkpointing=True)
+
+
+def gradients(model, config):
+    """Return the gradients of one pass with dropout, the embeddings frozen as under an adapter."""
+    ids = torch.arange(5, 25).reshape(2, 10)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in name)
+    with training_mode(model, config), torch.random.fork_rng():
+        torch.manual_seed(1)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return {n: p.grad for n, p in trainable(model).items()}
+
+
+def test_a_transformers_model_computes_again_with_the_same_gradients_and_is_left_as_it_was(
+    tiny_llama,
+):
+    settings = {"attention_dropout": 0.3, "attn_implementation": "eager"}
+    plain = gradients(tiny_llama(**settings), TrainConfig())
+    model = tiny_llama(**settings)
+    calls = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(gradients(model, CHECKPOINTING), plain, rtol=0, atol=0)
+    assert len(calls) == 2, "the layer was not computed again"
+    hook.remove()
+    assert not model.training
+    assert not model.is_activation_checkpointing
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_a_model_that_checkpoints_already_still_does_afterwards(tiny_llama):
+    model = tiny_llama()
+    model.activation_checkpointing_enable()
+    with training_mode(model, CHECKPOINTING):
+        pass
+    assert model.is_activation_checkpointing
+
+
+def test_a_model_that_cannot_says_so():
+    with (
+        pytest.raises(UserError, match="Linear cannot checkpoint"),
+        training_mode(torch.nn.Linear(1, 1), CHECKPOINTING),
+    ):
+        pass
+
+
+def test_the_hosts_selection_is_kept_for_the_computation_again(tiny_llama):
+    from inlay.core.inlaid import Inlaid
+
+    model = tiny_llama()
+    given = {}
+    model.activation_checkpointing_enable = given.update
+    hosts = [module for module in model.modules() if isinstance(module, Inlaid)]
+    assert not hosts
+    with training_mode(model, CHECKPOINTING):
+        assert given == {"use_reentrant": False}
