@@ -41,6 +41,8 @@ def check(block: Block, folder: Path) -> None:
         case "sh":
             for line in block.text.splitlines():
                 run_line(shlex.split(line, comments=True), folder)
+        case "text":
+            pass
         case "json":
             for line in block.text.splitlines():
                 json.loads(line)
