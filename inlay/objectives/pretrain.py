@@ -1,4 +1,4 @@
-"""Continued pretraining: next-token cross entropy over every token, whatever a row's mask says."""
+"""Continued pretraining: next-token cross entropy over every token, masks and weights aside."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Pretrain:
 
     def collate(self, rows: Sequence[Example], tokenizer: Any) -> Batch:
         """Return `rows` with every token trained, padded, or packed into one row [1, T]."""
-        unmasked = [replace(row, labels=row.input_ids) for row in rows]
+        unmasked = [replace(row, labels=row.input_ids, weights=None) for row in rows]
         if self.packing:
             return pack(unmasked, max_tokens=sum(map(self.size, unmasked)))
         return collate(unmasked, tokenizer)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from inlay.data.rows import Chat, Completion
+from inlay.data.template import RenderError, Template
 from inlay.train.evaluate import inference
 from inlay.train.precision import autocast, device_of
 
@@ -59,14 +60,20 @@ def exact_match(
     max_new_tokens: int = 64,
     batch_size: int = 16,
     precision: torch.dtype = torch.float32,
+    template: Template | None = None,
 ) -> Answers:
     """Return the model's greedy answer to each of `rows` (Chat or Completion), beside the expected.
 
-    For the base beside the adapter call it once more within `model.disable_adapter()`. Raises
-    UserError for a row that has no answer to compare with.
+    Chats are rendered by `template` (left out = the tokenizer's). For the base beside the adapter
+    call it once more within `model.disable_adapter()`. Raises UserError for a row that has no
+    answer to compare with.
     """
-    questions = [_question(row, tokenizer) for row in rows]
-    stops = stop_ids(model, tokenizer)
+    if template is None and any(isinstance(row, Chat) for row in rows):
+        template = Template(tokenizer)
+    questions = [_question(row, tokenizer, template) for row in rows]
+    stops = stop_ids(model, tokenizer, template)
+    # a template may end a turn with text that is no token of its own
+    end = template.stop if template and template.stop_id is None else ""
     # like lengths together: the least padding; the order of rows is put back below
     order = sorted(range(len(rows)), key=lambda i: len(questions[i].ids))
     found: dict[int, str] = {}
@@ -75,7 +82,8 @@ def exact_match(
             chosen = order[at : at + batch_size]
             prompts = [questions[i].ids for i in chosen]
             texts = _generate(model, tokenizer, prompts, stops, max_new_tokens)
-            found.update(zip(chosen, texts, strict=True))
+            cut = [text.partition(end)[0] if end else text for text in texts]
+            found.update(zip(chosen, cut, strict=True))
     return Answers(
         tuple(
             Answer(question.row, question.shown, question.expected.strip(), found[i].strip())
@@ -84,12 +92,12 @@ def exact_match(
     )
 
 
-def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+def stop_ids(model: nn.Module, tokenizer: Any, template: Template | None = None) -> list[int]:
     """Return the tokens that end an answer: the model's, the tokenizer's, the chat template's."""
     config = getattr(model, "generation_config", None)
     given = getattr(config, "eos_token_id", None)
     found = set(given if isinstance(given, list) else [given])
-    found |= {tokenizer.eos_token_id, _end_of_turn(tokenizer)}
+    found |= {tokenizer.eos_token_id, template.stop_id if template else None}
     return sorted(found - {None})
 
 
@@ -101,7 +109,7 @@ class _Question:
     expected: str
 
 
-def _question(row: Any, tokenizer: Any) -> _Question:
+def _question(row: Any, tokenizer: Any, template: Template | None) -> _Question:
     where = str(row.source)
     if isinstance(row, Completion):
         ids = tokenizer(row.prompt)["input_ids"]
@@ -114,24 +122,13 @@ def _question(row: Any, tokenizer: Any) -> _Question:
     last = max((i for i, m in enumerate(row.messages) if m.role == "assistant"), default=0)
     if last == 0:
         raise row.source.error("no assistant message follows a question to compare with")
-    text = tokenizer.apply_chat_template(
-        [message.fields() for message in row.messages[:last]],
-        tools=list(row.tools) or None,
-        add_generation_prompt=True,
-        tokenize=False,
-    )
+    assert template is not None
+    try:
+        text = template.render(row.messages[:last], row.tools, generation=True)
+    except RenderError as error:
+        raise row.source.error(f"the chat template refuses the question: {error}") from error
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return _Question(where, row.messages[last - 1].content, ids, row.messages[last].content)
-
-
-def _end_of_turn(tokenizer: Any) -> int | None:
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<b>"}]
-    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("<b>")[2]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    return next((token for token in ids if token in special), None)
 
 
 def _generate(

@@ -20,6 +20,7 @@ from torch import nn
 
 from inlay.checkpoint.train import Checkpoint, newest_verified, prune, write_checkpoint
 from inlay.core.errors import UserError
+from inlay.data.pack import check_packable
 from inlay.train.distributed import add_up, rank, wait, world
 from inlay.train.evaluate import evaluate_loss
 from inlay.train.events import Events, memory_mb
@@ -54,10 +55,13 @@ def fit(
     there is none. On SIGTERM or Ctrl-C the step is finished and saved, and Outcome.stopped says so.
     Global random state and the model's mode are put back.
 
-    Raises UserError: nothing to train or no rows; a folder that holds another run; a full disk.
-    NonFiniteError (a UserError): a NaN or infinite loss or gradient, before it touched the weights.
+    Raises UserError: nothing to train or no rows; packing over a base that cannot keep rows apart;
+    a folder that holds another run; a full disk. NonFiniteError (a UserError): a NaN or infinite
+    loss or gradient, before it touched the weights.
     """
     config.validate()
+    if config.packing:
+        check_packable(getattr(model, "config", None))
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(_cuda_devices()))
         stack.enter_context(training_mode(model, config))

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from killed_run import EveryToken, Tokens, build
 
 from inlay.train.events import Events
 from inlay.train.loop import fit
 from inlay.train.settings import TrainConfig
+from tests.train.killed_run import EveryToken, Tokens, build
 
 
 def main(folder: Path, rank: int, world: int, accumulation: int) -> None:

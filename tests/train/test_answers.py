@@ -8,6 +8,7 @@ from torch import nn
 
 from inlay.core.errors import UserError
 from inlay.data.rows import Chat, Completion, Message, Source, Text
+from inlay.data.template import Template
 from inlay.train.answers import exact_match, stop_ids
 
 
@@ -76,10 +77,24 @@ def test_an_answer_ends_where_the_model_the_tokenizer_or_the_template_ends_a_tur
     tiny_llama, tiny_tokenizer
 ):
     model = tiny_llama()
+    assert tiny_tokenizer.eos_token_id == 1
     model.generation_config.eos_token_id = [7, 8]
     assert stop_ids(model, tiny_tokenizer) == [1, 7, 8]
     model.generation_config.eos_token_id = None
-    assert stop_ids(model, tiny_tokenizer) == [tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    ended = Template(tiny_tokenizer, "{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}")
+    assert stop_ids(model, tiny_tokenizer, ended) == [1, 2]
+
+
+def test_a_turn_that_ends_in_plain_text_is_cut_there(tiny_tokenizer):
+    text = (
+        "{% for m in messages %}[{{ m.content }}];{% endfor %}"
+        "{% if add_generation_prompt %}[{% endif %}"
+    )
+    model = Scripted(tiny_tokenizer, lambda _: "2];[more")
+    rows = [chat(("user", "two"), ("assistant", "2"))]
+    found = exact_match(model, tiny_tokenizer, rows, template=Template(tiny_tokenizer, text))
+    assert model.asked == ["[two];["]
+    assert found.exact_match == 1.0
 
 
 def test_rows_without_an_answer_to_compare_with_are_named(tiny_llama, tiny_tokenizer):

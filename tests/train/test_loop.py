@@ -302,3 +302,10 @@ def test_activations_computed_again_give_the_same_weights(run, toy):
     assert model.kwargs is None
     with pytest.raises(UserError, match="cannot checkpoint"):
         run("not", gradient_checkpointing=True)
+
+
+def test_packing_over_layers_that_carry_a_state_is_refused(run, toy):
+    model = toy.model()
+    model.config = type("Config", (), {"model_type": "mamba"})()
+    with pytest.raises(UserError, match="packing"):
+        run(model=model, packing=True)
