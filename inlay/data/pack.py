@@ -47,8 +47,8 @@ def pack(rows: Sequence[Example], max_tokens: int) -> Batch:
 def bins(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Return indices of `lengths` in groups of at most `max_tokens` each, longest first (FFD).
 
-    First-fit decreasing uses at most 11/9 of the fewest groups, plus one. A length over the limit is
-    a group of its own.
+    First-fit decreasing uses at most 11/9 of the fewest groups, plus one. A length over the limit
+    is a group of its own.
     """
     groups: list[list[int]] = []
     room: list[int] = []

@@ -25,7 +25,8 @@ OURS = re.compile(f"[{CUT}{''.join(MARKS)}]")
 BUILT_IN = {
     "chatml": (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-        "{{ message.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     # needs no token but EOS, so that it fits every tokenizer
     "plain": (
@@ -84,7 +85,7 @@ class Template:
             except TypeError as error:
                 if arguments_as_text or not any("tool_calls" in turn for turn in fields):
                     raise RenderError(str(error)) from error
-            except TemplateError as error:
+            except (TemplateError, ValueError) as error:
                 raise RenderError(str(error)) from error
         raise AssertionError("the second pass returns or raises")
 

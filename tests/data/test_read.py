@@ -1,0 +1,168 @@
+"""Rows come out of files in order, each with its place; what cannot be read is one clear error."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from inlay.core.errors import UserError
+from inlay.data.read import hub_rows, raw_rows, read_rows
+
+CHATS = [
+    {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]}
+    for i in range(3)
+]
+
+
+def said(rows):
+    return [[message.content for message in row.messages] for row in rows]
+
+
+def test_jsonl_gives_rows_with_their_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\ufeff" + "\n\n".join(map(json.dumps, CHATS)), encoding="utf-8")
+    rows, name = read_rows(str(path))
+    assert name == "messages"
+    assert said(rows) == [["q0", "a0"], ["q1", "a1"], ["q2", "a2"]]
+    assert [str(row.source) for row in rows] == [f"{path}:{line}" for line in (1, 3, 5)]
+
+
+def test_a_json_array_gives_each_row_the_line_where_it_begins(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(CHATS, indent=2), encoding="utf-8")
+    rows, _ = read_rows(str(path))
+    lines = path.read_text().splitlines()
+    assert len(rows) == 3
+    assert all(lines[row.source.line - 1] == "  {" for row in rows)
+
+
+def test_csv_gives_rows_and_cells_may_hold_line_breaks(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('instruction,input,output\n"a\nb",,c\nd,e,f\n', encoding="utf-8")
+    rows, name = read_rows(str(path))
+    assert name == "alpaca"
+    assert said(rows) == [["a\nb", "c"], ["d\ne", "f"]]
+    assert [row.source.line for row in rows] == [2, 4]
+
+
+def test_a_csv_cell_may_hold_messages_as_json(tmp_path):
+    path = tmp_path / "rows.csv"
+    cell = json.dumps(CHATS[0]["messages"]).replace('"', '""')
+    path.write_text(f'messages\n"{cell}"\n', encoding="utf-8")
+    assert said(read_rows(str(path))[0]) == [["q0", "a0"]]
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    import datasets
+
+    tools = [
+        [{"type": "function", "function": {"name": "f", "parameters": {"x": 1}}}],
+        [{"type": "function", "function": {"name": "g", "parameters": {"y": "z"}}}],
+    ]
+    rows = [{**chat, "tools": tool} for chat, tool in zip(CHATS, tools, strict=False)]
+    path = tmp_path / "set" / "train.parquet"
+    path.parent.mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(str(path))
+    return path
+
+
+def test_parquet_gives_rows_without_the_nulls_that_arrow_fills_in(parquet):
+    rows, _ = read_rows(str(parquet))
+    assert said(rows) == [["q0", "a0"], ["q1", "a1"]]
+    parameters = [row.tools[0]["function"]["parameters"] for row in rows]
+    assert parameters == [{"x": 1}, {"y": "z"}]
+    assert rows[1].source.line == 2
+
+
+def test_a_data_set_of_the_hub_is_read_by_its_split(parquet):
+    raw = list(hub_rows(str(parquet.parent), split="train"))
+    assert [record["messages"][0]["content"] for record, _ in raw] == ["q0", "q1"]
+    with pytest.raises(UserError, match="split 'test'"):
+        list(hub_rows(str(parquet.parent), split="test"))
+
+
+def test_numbers_and_mixed_contents_stay_as_they_are_in_json(write):
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "add "}, {"text": "up"}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1, "y": 1.0}'}}],
+        },
+    ]
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"z": None}}]}
+    rows, _ = read_rows(write([{"messages": turns}, {"messages": [call]}]))
+    assert rows[0].messages[0].content == "add up"
+    arguments = rows[0].messages[1].tool_calls[0]["function"]["arguments"]
+    assert json.dumps(arguments) == '{"x": 1, "y": 1.0}'
+    assert rows[1].messages[0].tool_calls[0]["function"]["arguments"] == {"z": None}
+
+
+def test_files_are_joined_in_order_and_may_be_of_several_formats(write):
+    first = write([{"text": "x"}], "a.jsonl")
+    rows, name = read_rows([first, write(CHATS, "b.jsonl")])
+    assert name == "text + messages"
+    assert len(rows) == 4
+
+
+def test_a_text_file_is_one_row(tmp_path):
+    (tmp_path / "book.txt").write_text("one\n\ntwo", encoding="utf-8")
+    rows, name = read_rows(str(tmp_path / "book.txt"))
+    assert (rows[0].text, name) == ("one\n\ntwo", "text")
+
+
+BROKEN = {
+    "no.jsonl": (None, r"no.jsonl: no such file"),
+    "empty.jsonl": (b"", "the file is empty"),
+    "empty.json": (b" \n", "the file is empty"),
+    "array.json": (b"[]", "the file is empty"),
+    "empty.csv": (b"", "the file is empty"),
+    "empty.txt": (b" ", "the file is empty"),
+    "a.jsonl": (b'{"text": "x"}\n{"text": }\n', r"a.jsonl:2: broken JSON at column 10"),
+    "cut.jsonl": (b'{"text": "x"}\n{"text": "y', r"cut.jsonl:2: broken JSON"),
+    "b.json": (b'[{"text": "x"},\n\n{"text": }]', r"b.json:3: broken JSON at column 10"),
+    "comma.json": (b'[{"text": "x"}\n{"text": "y"}]', r"comma.json:2: .*comma is missing"),
+    "open.json": (b'[{"text": "x"},\n', r"open.json:2: .*array is not closed"),
+    "object.json": (b'{"text": "x"}', r"object.json:1: the file must hold an array"),
+    "list.jsonl": (b"[1]\n", r"list.jsonl:1: a row is an object"),
+    "latin.jsonl": (b'{"text": "x"}\n{"text": "\xe9"}', r"latin.jsonl:2: byte 0xe9 is not UTF-8"),
+    "more.csv": (b"text\na\nb,c\n", r"more.csv:3: the row has more cells"),
+    "fewer.csv": (b"text,more\na,b\nc\n", r"fewer.csv:3: the row has fewer cells"),
+    "quote.csv": (b'text\n"a\n', r"quote.csv:\d: broken CSV"),
+    "no.parquet": (b"PAR1", r"no.parquet: cannot be read as parquet"),
+    "rows.xlsx": (b"x", r"'.xlsx' is not one of .jsonl"),
+    "half.jsonl": (b'{"text": "\\ud800"}', r"half.jsonl:1: .*\\ud800, half of a surrogate pair"),
+    "keys.jsonl": (b'{"txt": "x"}', r"keys.jsonl:1: .*Did you mean 'text'"),
+    "other.jsonl": (b'{"text": "x"}\n{"prompt": "y"}', r"other.jsonl:2: the row has no 'text'"),
+    "type.jsonl": (b'{"text": 1}', r"type.jsonl:1: text must be text, not 1"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_cannot_be_read_is_an_error_that_says_where(name, tmp_path):
+    content, message = BROKEN[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        [row.id for row in read_rows(str(tmp_path / name))[0]]
+
+
+def test_a_file_that_is_nearly_named_is_proposed(write, tmp_path):
+    write([{"text": "x"}], "chats.jsonl")
+    with pytest.raises(UserError, match=r"Did you mean 'chats.jsonl'"):
+        read_rows(str(tmp_path / "chat.jsonl"))
+
+
+def test_a_directory_is_refused_with_the_files_it_holds(write, tmp_path):
+    write([{"text": "x"}], "chats.jsonl")
+    with pytest.raises(UserError, match=r"is a directory; it holds chats.jsonl"):
+        list(raw_rows(str(tmp_path)))
+
+
+def test_no_path_and_an_unknown_format_are_refused(write):
+    with pytest.raises(UserError, match=r"data.path is empty"):
+        read_rows("")
+    with pytest.raises(UserError, match=r"'sharegtp' .* Did you mean 'sharegpt'"):
+        read_rows(write([{"text": "x"}]), "sharegtp")
