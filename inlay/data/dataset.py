@@ -38,6 +38,8 @@ class Prepared:
     format: str
     template: Template | None
     """The chat template; None where no row is a conversation."""
+    stop_token_ids: list[int]
+    """The tokens at which generation has to stop: what ends a turn, and EOS."""
     entries: list[Entry]
     """The ledger."""
     neutralized: int
@@ -49,13 +51,6 @@ class Prepared:
     def chat_template(self) -> str | None:
         """The Jinja text of the template, to be saved with what was trained on it."""
         return self.template.text if self.template else None
-
-    @property
-    def stop_token_ids(self) -> list[int]:
-        """The tokens at which generation has to stop: what ends a turn, and EOS."""
-        found = [self.template.stop_id] if self.template else []
-        eos = self.template.tokenizer.eos_token_id if self.template else None
-        return list(dict.fromkeys(index for index in (*found, eos) if index is not None))
 
     def describe(self) -> list[str]:
         """Return the lines that are printed before step 0."""
@@ -99,6 +94,8 @@ def prepare(config: DataConfig, tokenizer: Any, ledger_path: str | Path | None =
     if "eval" in sides and not held:
         _check_left(held, [e for e, side in zip(entries, sides, strict=True) if side == "eval"])
     has_chats = any(isinstance(row, Chat) for row in [*train_rows, *eval_rows])
+    template = encoder.template if has_chats else None
+    stops = (template.stop_id if template else None, tokenizer.eos_token_id)
     return Prepared(
         config=config,
         train=train,
@@ -106,7 +103,8 @@ def prepare(config: DataConfig, tokenizer: Any, ledger_path: str | Path | None =
         train_rows=train_rows,
         eval_rows=eval_rows,
         format=format,
-        template=encoder.template if has_chats else None,
+        template=template,
+        stop_token_ids=list(dict.fromkeys(index for index in stops if index is not None)),
         entries=entries,
         neutralized=sum(done.neutralized for done in encoded),
         specials=sum(done.specials for done in encoded),

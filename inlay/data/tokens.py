@@ -32,8 +32,9 @@ class Tokens:
     def __call__(self, text: str) -> tuple[list[int], list[int]]:
         """Return the ids of `text` and the index of each token's first character.
 
-        A CUT in the text becomes no token, and no token spans it: a special token's text with a CUT
-        inside becomes plain tokens.
+        A CUT in the text becomes no token, and no token spans it: a special token's text with a
+        CUT inside becomes plain tokens. (A tokenizer that begins each text with a space puts one
+        there.)
         """
         ids: list[int] = []
         starts: list[int] = []

@@ -1,4 +1,4 @@
-"""Tiny byte-level tokenizers, each with the chat template of a family, and rows written to files."""
+"""Tiny byte-level tokenizers, each with the chat template of a family; rows and their files."""
 
 from __future__ import annotations
 
@@ -85,17 +85,21 @@ TEMPLATES = {
 EOS = {"phi3": "<|endoftext|>"}
 
 
-def tokenizer(name: str, *, trim_offsets: bool = True, **settings: Any) -> Any:
+def tokenizer(name: str, *, trim_offsets: bool = True, spaces: str = "", **settings: Any) -> Any:
+    """`spaces` = first or always makes a tokenizer as Llama 2 has it, that begins with a space."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
+    if spaces:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=spaces)
+        core.decoder = decoders.Metaspace(prepend_scheme=spaces)
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=[*pre_tokenizers.ByteLevel.alphabet(), "\u2581", "\n", "\u00e9"],
         show_progress=False,
     )
     core.train_from_iterator(LINES * 5, trainer)

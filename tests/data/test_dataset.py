@@ -48,6 +48,11 @@ def test_every_row_has_a_line_in_the_ledger(ready, tmp_path):
     assert [str(kept.source.line) for kept in found.train_rows] == ["1"]
 
 
+def test_a_row_with_what_is_no_character_is_dropped_and_counted(ready, tmp_path):
+    ready([row("q"), row("a \ufdd0 b")])
+    assert fates(tmp_path)[1] == ("dropped", "holds U+FDD0 to U+FDD2, which are no characters")
+
+
 def test_a_row_whose_question_alone_is_too_long_is_not_trained_on_the_question(ready, tmp_path):
     long = row("x " * 99)
     for overlong in ("drop", "cut_end", "split_turns"):
@@ -163,6 +168,16 @@ def test_what_was_inferred_is_told_before_the_first_step(ready):
     ):
         assert line in text
     assert len(found.stop_token_ids) == 2
+
+
+def test_a_row_with_one_turn_too_long_loses_that_turn_alone(ready, tmp_path):
+    turns = row("q")["messages"] + row("r", "z " * 60)["messages"]
+    for overlong in ("drop", "split_turns"):
+        found = ready([{"messages": turns}], "qwen3", max_length=60, overlong=overlong)
+        assert len(found.train) == 1
+        outcome, reason = fates(tmp_path)[0]
+        assert outcome == "cut"
+        assert reason.startswith("1 of 2 turns longer than max_length")
 
 
 def test_texts_need_no_chat_template(ready):

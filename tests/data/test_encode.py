@@ -30,7 +30,19 @@ END = {
 }
 LEAD = {"mistral": " ", "mistral-v3": " ", "vicuna": " "}
 REWRITES = ("qwen3",)
-WORDS = "The sky is blue, user assistant\n\nmodel: é 🙂  two  spaces <think> tool hello".split(" ")
+WORDS = [
+    "The",
+    "sky is",
+    "blue,",
+    "user",
+    "assistant\n\nmodel:",
+    "é",
+    "🙂",
+    "",
+    "two",
+    "<think>",
+    "tool",
+]
 
 
 def trained(example, tokenizer):
@@ -299,6 +311,20 @@ def test_a_token_over_the_boundary_belongs_to_the_prompt(trim, tokenizers):
     assert trained(example, tokenizer) == " blue and</s>"
 
 
+@pytest.mark.parametrize("spaces", ["first", "always"])
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "phi3", "mistral"])
+def test_a_tokenizer_that_begins_texts_with_a_space_trains_the_same(name, spaces, tokenizers, chat):
+    tokenizer = tokenizers(name, spaces=spaces)
+    row = chat("u: say this", "a: The sky is blue", "u: more <s> [INST]", "a: two too")
+    (example,) = encode(row, tokenizer)
+    words = tokenizer.convert_ids_to_tokens([label for label in example.labels if label >= 0])
+    text = "".join(words).replace("\u2581", " ")
+    assert text.replace(" ", "") == f"Theskyisblue{END[name]}twotoo{END[name]}"
+    pairs = zip(example.input_ids, example.labels, strict=True)
+    asked = [token for token, label in pairs if label == IGNORED]
+    assert tokenizer.convert_tokens_to_ids("[INST]") not in asked or name == "mistral"
+
+
 def test_a_text_is_trained_whole_and_ends_in_eos(tokenizers):
     tokenizer = tokenizers("")
     (example,) = encode(Text("The sky is blue", HERE), tokenizer)
@@ -319,9 +345,9 @@ def test_a_long_text_is_split_and_every_token_is_trained_once(tokenizers):
 
 def test_a_tokenizer_without_offsets_is_refused_with_the_way_out():
     class Slow:
-        added_tokens_decoder: dict = {}
+        pass
 
-    with pytest.raises(UserError, match="Slow gives no character offsets.*tokenizer.json"):
+    with pytest.raises(UserError, match=r"Slow gives no character offsets.*tokenizer.json"):
         encode(Text("x", HERE), Slow())
 
 
