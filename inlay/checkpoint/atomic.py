@@ -91,7 +91,8 @@ def clean_partials(folder: str | Path) -> None:
             continue
         place = left.with_name(match["name"])
         if match["kind"] == "old" and not place.exists():
-            os.replace(left, place)
+            with suppress(FileNotFoundError):  # another rank has put it back
+                os.replace(left, place)
         elif left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:

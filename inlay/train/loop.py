@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from inlay.checkpoint.train import Checkpoint, newest_verified, prune, write_checkpoint
 from inlay.core.errors import UserError
 from inlay.data.pack import check_packable
-from inlay.train.distributed import add_up, rank, wait, world
+from inlay.train.distributed import add_up, rank, world
 from inlay.train.evaluate import evaluate_loss
 from inlay.train.events import Events, memory_mb
 from inlay.train.optim import make_optimizer
@@ -29,7 +28,7 @@ from inlay.train.order import Order
 from inlay.train.plot import plot_loss
 from inlay.train.precision import choose, device_of
 from inlay.train.progress import Outcome, Progress, Stopped
-from inlay.train.resume import check_same_run, digest_rows, fill, gather_tensors
+from inlay.train.resume import Keeper, digest_rows
 from inlay.train.schedule import learning_rate
 from inlay.train.settings import TrainConfig
 from inlay.train.setup import require_fresh, trainable, training_mode
@@ -105,17 +104,9 @@ class _Run:
         )
         self.eval_every = config.eval_steps or self.order.steps_per_epoch
         self.progress = Progress()
-        self.identity = {
-            **config.identity(),
-            "devices": world(),
-            "rows": digest_rows(train, objective.size),
-        }
-        self.saved: int | None = None
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of this run's checkpoints."""
-        return self.folder / "checkpoints"
+        identity = {**config.identity(), "devices": world()}
+        identity["rows"] = digest_rows(train, objective.size)
+        self.keeper = Keeper(folder, self.parameters, self.optimizer, identity, config)
 
     def start(self) -> None:
         """Begin at step 0."""
@@ -127,22 +118,14 @@ class _Run:
     def restore(self) -> None:
         """Begin where the newest verified checkpoint stands, or at step 0."""
         notices: list[str] = []
-        found = newest_verified(self.checkpoints, notices.append)
-        wait()
-        if found is not None:
-            state = found.state()
-            check_same_run(found.path, state["identity"], self.identity)
-            fill(self.parameters, self.optimizer, found.tensors())
-            self.progress = Progress(**state["progress"])
-            self.saved = found.step
+        progress = self.keeper.restore(notices.append)
+        self.progress = progress or Progress()
         if rank() == 0:
-            self.events.rewind(self.progress.step if found else -1)
-        if found is None:
-            self.emit("start", steps=self.total, **self._facts())
+            self.events.rewind(progress.step if progress else -1)
+        kind = "resume" if progress else "start"
+        self.emit(kind, steps=self.total, **self._facts())
         for text in notices:
             self.emit("notice", text=text)
-        if found is not None:
-            self.emit("resume", steps=self.total, path=str(found.path.relative_to(self.folder)))
 
     def go(self, stop: Stop) -> Outcome:
         """Make the steps that are left."""
@@ -161,7 +144,8 @@ class _Run:
                     self.evaluate()
                 if last or (config.save_steps and progress.step % config.save_steps == 0):
                     self.save()
-                stopped = self._asked(stop)
+                # told so late that all is done, it is done
+                stopped = None if last else self._asked(stop)
         self.save()
         return self.finish(stopped)
 
@@ -183,21 +167,7 @@ class _Run:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        progress.step += 1
-        progress.tokens += sums.tokens
-        progress.train_loss = sums.loss
-        seconds = time.monotonic() - began
-        progress.seconds += seconds
-        found = {
-            "loss": sums.loss,
-            "grad_norm": float(sums.grad_norm),
-            "steps": 1,
-            "seconds": seconds,
-        }
-        found |= {"tokens": sums.tokens, "trained_tokens": sums.trained_tokens}
-        progress.window = {
-            name: progress.window.get(name, 0) + value for name, value in found.items()
-        }
+        progress.add_step(sums, time.monotonic() - began)
         if progress.step % config.logging_steps == 0 or progress.step == self.total:
             self.log(lr)
 
@@ -211,80 +181,50 @@ class _Run:
 
     def log(self, lr: float) -> None:
         """Write the line of the steps since the last one."""
-        progress, window = self.progress, self.progress.window
+        step = self.progress.step
         began, first = self.session
-        pace = (time.monotonic() - began) / (progress.step - first)
+        pace = (time.monotonic() - began) / (step - first)
         self.emit(
             "step",
             steps=self.total,
-            epoch=round(progress.step / self.order.steps_per_epoch, 4),
-            loss=window["loss"] / window["steps"],
+            epoch=round(step / self.order.steps_per_epoch, 4),
             lr=lr,
-            grad_norm=window["grad_norm"] / window["steps"],
-            tokens=int(window["tokens"]),
-            trained_tokens=window["trained_tokens"],
-            tokens_per_s=round(window["tokens"] / max(window["seconds"], 1e-9), 1),
+            **self.progress.close_window(),
             memory_mb=memory_mb(device_of(self.model)),
-            eta_s=round(pace * (self.total - progress.step), 1),
+            eta_s=round(pace * (self.total - step), 1),
         )
-        progress.window = {}
 
     def evaluate(self) -> None:
         """Measure the held-out rows; save where it is the best so far and is wanted."""
-        progress, config = self.progress, self.config
-        stepper = self.stepper
-        size = config.eval_batch_size or config.micro_batch_size
+        config, stepper = self.config, self.stepper
         score = evaluate_loss(
             self.model,
             stepper.tokenizer,
             stepper.objective,
             self.eval,
-            batch_size=size,
+            batch_size=config.eval_batch_size or config.micro_batch_size,
             precision=stepper.precision,
         )
-        progress.eval_loss, progress.eval_step = score.loss, progress.step
-        best = (
-            progress.best_loss is None
-            or score.loss < progress.best_loss - config.early_stopping_threshold
-        )
-        if best:
-            progress.best_loss, progress.best_step, progress.evals_without_best = (
-                score.loss,
-                progress.step,
-                0,
-            )
-        else:
-            progress.evals_without_best += 1
-        self.emit(
-            "eval", loss=score.loss, perplexity=score.perplexity, tokens=score.tokens, best=best
-        )
+        best = self.progress.add_evaluation(score.loss, config.early_stopping_threshold)
+        told = {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens}
+        self.emit("eval", **told, best=best)
         if best and config.restore_best:
             self.save()
 
     def save(self) -> None:
-        """Write the checkpoint of this step unless it is there; remove those beyond the limit."""
-        if self.saved == self.progress.step:
-            return
-        if rank() == 0:
-            tensors = gather_tensors(self.parameters, self.optimizer)
-            state = {"identity": self.identity, "progress": asdict(self.progress)}
-            written = write_checkpoint(self.checkpoints, self.progress.step, tensors, state)
-            keep = self.progress.best_step if self.config.restore_best else None
-            prune(self.checkpoints, self.config.save_total_limit, keep=keep)
-            self.emit("save", path=str(written.path.relative_to(self.folder)))
-        self.saved = self.progress.step
-        wait()
+        """Write the checkpoint of this step unless it is there."""
+        path = self.keeper.save(self.progress)
+        if path is not None:
+            self.emit("save", path=str(path.relative_to(self.folder)))
 
     def finish(self, stopped: Stopped) -> Outcome:
         """Put the best weights back where they are wanted, draw the plot, say the end."""
         progress = self.progress
-        if (
-            stopped in ("done", "early")
-            and self.config.restore_best
-            and progress.best_step is not None
-        ):
-            best = Checkpoint(self.checkpoints / f"step-{progress.best_step}", progress.best_step)
-            fill(self.parameters, None, best.tensors())
+        wanted = self.config.restore_best and stopped in ("done", "early")
+        if wanted and progress.best_step is not None:
+            fault = self.keeper.restore_weights(progress.best_step)
+            if fault is not None:
+                self.emit("notice", text=f"ended with the last weights, not the best: {fault}")
         outcome = Outcome(
             step=progress.step,
             total_steps=self.total,
@@ -295,13 +235,10 @@ class _Run:
             best_step=progress.best_step,
             tokens=progress.tokens,
             seconds=round(progress.seconds, 3),
-            checkpoint=self.checkpoints / f"step-{self.saved}",
+            checkpoint=self.keeper.folder / f"step-{self.keeper.saved}",
         )
-        told = {
-            key: value
-            for key, value in asdict(outcome).items()
-            if key not in ("step", "checkpoint")
-        }
+        told = asdict(outcome)
+        del told["step"], told["checkpoint"]
         self.emit("end", **told)
         if rank() == 0:
             plot_loss(self.folder)

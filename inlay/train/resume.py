@@ -9,15 +9,85 @@ There is no random state to save: each micro-batch is seeded by the run's seed a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from inlay.checkpoint.train import (
+    Checkpoint,
+    find_fault,
+    newest_verified,
+    prune,
+    write_checkpoint,
+)
 from inlay.core.errors import UserError
+from inlay.train.distributed import rank, wait
 from inlay.train.optim import load_optimizer_tensors, optimizer_tensors
+from inlay.train.progress import Progress
+from inlay.train.settings import TrainConfig
+
+
+class Keeper:
+    """Writes the checkpoints of one run and finds the one to go on from; `saved` is its step."""
+
+    def __init__(
+        self,
+        folder: Path,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        identity: Mapping[str, Any],
+        config: TrainConfig,
+    ) -> None:
+        """Touch nothing yet."""
+        self.folder = folder / "checkpoints"
+        self.parameters, self.optimizer = parameters, optimizer
+        self.identity, self.config = identity, config
+        self.saved: int | None = None
+
+    def restore(self, notice: Callable[[str], None]) -> Progress | None:
+        """Fill weights and optimizer from the newest checkpoint that verifies; None: there is none.
+
+        Raises UserError where that one is of another run.
+        """
+        found = newest_verified(self.folder, notice)
+        wait()
+        if found is None:
+            return None
+        state = found.state()
+        check_same_run(found.path, state["identity"], self.identity)
+        fill(self.parameters, self.optimizer, found.tensors())
+        self.saved = found.step
+        return Progress(**state["progress"])
+
+    def save(self, progress: Progress) -> Path | None:
+        """Write the step where `progress` stands; None where it is written already, or by rank 0.
+
+        Checkpoints beyond save_total_limit are removed.
+        """
+        if self.saved == progress.step:
+            return None
+        self.saved = progress.step
+        path = None
+        if rank() == 0:
+            tensors = gather_tensors(self.parameters, self.optimizer)
+            state = {"identity": self.identity, "progress": asdict(progress)}
+            path = write_checkpoint(self.folder, progress.step, tensors, state).path
+            keep = progress.best_step if self.config.restore_best else None
+            prune(self.folder, self.config.save_total_limit, keep=keep)
+        wait()
+        return path
+
+    def restore_weights(self, step: int) -> str | None:
+        """Fill the weights from the checkpoint of `step`, or return what is wrong with it."""
+        path = self.folder / f"step-{step}"
+        fault = find_fault(path)
+        if fault is None:
+            fill(self.parameters, None, Checkpoint(path, step).tensors())
+        return fault
 
 
 def gather_tensors(
