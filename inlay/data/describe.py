@@ -67,8 +67,8 @@ def _template(prepared: Prepared) -> list[str]:
         )
     elif stop != eos:
         lines.append(f"note: generation has to stop at {stop!r}; the tokenizer's EOS is {eos!r}")
-    if not template.opens_as_trained:
-        lines.append("note: the generation prompt holds more than the header the rows have")
+    if template.surplus:
+        lines.append(f"note: generation is given {template.surplus!r}, which the rows do not hold")
     if template.default_system:
         lines.append(f"system prompt written by the template: {template.default_system!r}")
     if any(entry.reason.startswith("the template rewrites") for entry in prepared.entries):

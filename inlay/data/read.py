@@ -133,6 +133,8 @@ def _json(file: Path) -> Iterator[Raw]:
             value, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise Source(str(file), error.lineno).error(_broken(error)) from None
+        except RecursionError:
+            raise source.error("the JSON is nested too deeply") from None
         yield _object(value, source), source
         line += text.count("\n", at, end)
         at = skip(end, r"\s*")

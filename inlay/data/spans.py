@@ -99,13 +99,14 @@ def by_marks(
     """Return each turn's span from one short render a turn; None where anything does not fit."""
     try:
         ends = _ends(template, messages, tools, text)
-        # the first and the last turn are checked as by_prefixes does: a template may treat the last
-        # question differently (Mistral writes the system prompt there)
-        for k in (turns[0], turns[-1]):
-            if not text.startswith(template.render(messages[:k], tools, generation=True)):
+        # three turns are checked as by_prefixes does (the first below, where its opening is
+        # learned): a template may treat the last question differently, or only later ones
+        for k in {*turns[1:2], turns[-1]}:
+            if not text.startswith(template.prompt(messages[:k], tools)):
                 return None
     except RenderError:
         return None
+    asked = template.prompt([ASK])
     openings: dict[str, str] = {}
     spans = {}
     for k in turns:
@@ -118,14 +119,14 @@ def by_marks(
         at += len(space) if text.startswith(space, at) else 0
         try:
             if before.role not in openings:
-                prompt = template.render(messages[:k], tools, generation=True)
+                prompt = template.prompt(messages[:k], tools)
                 if not text.startswith(prompt) or len(prompt) < at:
                     return None
                 openings[before.role] = prompt[at:]
             alone = template.render([ASK, messages[k]])
         except RenderError:
             return None
-        start, end = template.turn(template.asked, alone)
+        start, end = template.turn(asked, alone)
         opening = openings[before.role]
         if not text.startswith(opening + alone[start:end], at):
             return None

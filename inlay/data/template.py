@@ -177,10 +177,14 @@ class Template:
             end = len(answered.rstrip())  # a tool call may end in a token of its own
         return start, max(start, end)
 
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
+        """Return the render with its generation prompt, as far as the rows hold that one."""
+        return self.render(messages, tools, generation=True).removesuffix(self.surplus)
+
     @functools.cached_property
-    def opens_as_trained(self) -> bool:
-        """Whether the rows hold the generation prompt as it is given."""
-        return self.probe.startswith(self.asked)
+    def surplus(self) -> str:
+        """What generation is given beyond the header that the rows hold, or ""."""
+        return self.asked[self.turn(self.asked, self.probe)[0] :]
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:

@@ -101,7 +101,7 @@ def test_the_linear_way_finds_what_two_renders_a_turn_find(name, seed, tokenizer
     exact = by_prefixes(template, messages, (), text, turns)
     marked = by_marks(template, messages, (), text, turns)
     assert marked in (exact, None)
-    if name in ("chatml", "qwen2.5", "llama3", "gemma", "phi3", "mistral", "vicuna"):
+    if name in ("chatml", "qwen2.5", "llama3", "gemma", "phi3", "mistral", "deepseek", "vicuna"):
         assert marked == exact is not None
 
 
@@ -135,6 +135,39 @@ def test_a_template_that_moves_the_system_prompt_gives_one_example_a_turn(tokeni
         "<s>[INST] one[/INST] 1</s>[INST] Be kind\n\ntwo[/INST] 2</s>",
     ]
     assert [trained(example, tokenizer) for example in examples] == [" 1</s>", " 2</s>"]
+
+
+def test_a_reminder_before_the_last_question_gives_one_example_a_turn(tokenizers, chat):
+    reminds = (
+        "{% for m in messages %}{% if m.role == 'user' and not loop.first and "
+        "(loop.last or loop.nextitem.role == 'assistant' and loop.index0 + 2 == loop.length) %}"
+        "<|system|>stay kind{% endif %}<|{{ m.role }}|>{{ m.content }}"
+        "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = tokenizers("phi3")
+    row = chat("u: one", "a: 1", "u: two", "a: 2", "u: three", "a: 3")
+    examples = encode(row, tokenizer, chat_template=reminds)
+    assert [trained(example, tokenizer) for example in examples] == [
+        f"{i}<|end|>" for i in (1, 2, 3)
+    ]
+    assert all(written(example, tokenizer).count("kind") == 1 for example in examples[1:])
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "phi3", "mistral"])
+def test_the_linear_way_bears_whitespace_around_the_texts(name, tokenizers, chat):
+    template = Template(tokenizers(name))
+    messages = chat("u: one", "a: 1\n", "u:  two \n", "a: \n2 ").messages
+    text = template.render(messages)
+    found = by_marks(template, messages, (), text, [1, 3])
+    assert found == by_prefixes(template, messages, (), text, [1, 3]) is not None
+
+
+def test_a_special_token_of_another_kind_in_an_answer_is_what_is_to_be_learned(tokenizers, chat):
+    tokenizer = tokenizers("chatml")
+    token = tokenizer.convert_tokens_to_ids("<|user|>")  # ChatML does not write it
+    (example,) = encode(chat("u: q <|user|>", "a: <|user|> yes"), tokenizer)
+    assert example.input_ids.count(token) == example.labels.count(token) == 1
 
 
 def test_thoughts_stripped_from_history_are_trained_where_they_were_said(tokenizers, chat):

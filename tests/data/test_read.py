@@ -134,6 +134,8 @@ BROKEN = {
     "no.parquet": (b"PAR1", r"no.parquet: cannot be read as parquet"),
     "rows.xlsx": (b"x", r"'.xlsx' is not one of .jsonl"),
     "half.jsonl": (b'{"text": "\\ud800"}', r"half.jsonl:1: .*\\ud800, half of a surrogate pair"),
+    "deep.jsonl": (b"[" * 10**6, r"deep.jsonl:1: the JSON is nested too deeply"),
+    "deep.json": (b"[" * 10**6, r"deep.json:1: the JSON is nested too deeply"),
     "keys.jsonl": (b'{"txt": "x"}', r"keys.jsonl:1: .*Did you mean 'text'"),
     "other.jsonl": (b'{"text": "x"}\n{"prompt": "y"}', r"other.jsonl:2: the row has no 'text'"),
     "type.jsonl": (b'{"text": 1}', r"type.jsonl:1: text must be text, not 1"),

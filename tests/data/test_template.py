@@ -71,8 +71,8 @@ def test_a_system_prompt_that_the_template_adds_is_found(name, prompt, tokenizer
 
 
 def test_a_generation_prompt_that_holds_more_than_the_rows_is_told(tokenizers):
-    assert not Template(tokenizers("deepseek")).opens_as_trained
-    assert Template(tokenizers("llama3")).opens_as_trained
+    assert Template(tokenizers("deepseek")).surplus == "<think>\n"
+    assert Template(tokenizers("llama3")).surplus == ""
 
 
 def test_the_arguments_of_a_template_reach_it(tokenizers):
