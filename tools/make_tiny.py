@@ -1,6 +1,6 @@
 """Make the embedded base `inlay-tiny`: a tokenizer and a small Llama, trained here, on a CPU.
 
-    python tools/make_tiny.py [--out inlay/assets/inlay-tiny] [--steps 2400] [--threads 2]
+    python tools/make_tiny.py [--out inlay/assets/inlay-tiny] [--steps 1500] [--threads 2]
 
 The text is the documentation of the Python that runs this (tiny_text.py), the chats are generated
 (tiny_tasks.py); nothing is downloaded. A step adds two losses: the mean over the tokens of a batch
@@ -76,6 +76,8 @@ def main() -> None:
     print({name: round(figure, 3) for name, figure in figures.items()}, flush=True)
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
+    # written for the owner alone, but it is to be installed for all
+    (options.out / "model.safetensors").chmod(0o644)
     write_card(options.out, figures, options.steps, options.seed)
 
 
@@ -243,7 +245,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = Path(__file__).parents[1] / "inlay" / "assets" / "inlay-tiny"
     parser.add_argument("--out", type=Path, default=default)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
