@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inlay.core.config import AdapterConfig as PeftConfig
     from inlay.core.config import PeftType, TaskType
     from inlay.core.errors import UserError
     from inlay.methods.lora import LoraConfig
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from inlay.surface.config import PeftConfig, get_peft_config
     from inlay.surface.functions import (
-        get_peft_config,
         get_peft_model_state_dict,
         inject_adapter_in_model,
         set_peft_model_state_dict,
@@ -78,14 +77,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "inlay.core.config": ["PeftConfig", "PeftType", "TaskType"],
+    "inlay.core.config": ["PeftType", "TaskType"],
     "inlay.core.errors": ["UserError"],
     "inlay.methods.lora": ["LoraConfig"],
     "inlay.model.load": ["load_base"],
     "inlay.run": ["Run"],
     "inlay.surface.auto": [name for name in __all__ if name.startswith("AutoPeftModel")],
+    "inlay.surface.config": ["PeftConfig", "get_peft_config"],
     "inlay.surface.functions": [
-        "get_peft_config",
         "get_peft_model_state_dict",
         "inject_adapter_in_model",
         "set_peft_model_state_dict",
@@ -96,7 +95,6 @@ _MODULES = {
     ],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
-_RENAMED = {"PeftConfig": "AdapterConfig"}
 
 
 def __getattr__(name: str) -> Any:
@@ -105,7 +103,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("inlay.train")
     if name not in _HOME:
         raise AttributeError(f"module 'inlay' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), _RENAMED.get(name, name))
+    value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 

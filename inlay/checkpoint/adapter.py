@@ -1,0 +1,256 @@
+"""An adapter of a model <-> its folder in PEFT's format; all of it fits or nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.checkpoint import folder as files
+from inlay.checkpoint.fingerprint import check_same_base, fingerprint
+from inlay.checkpoint.names import PREFIX, carried, compare, embeddings, slots
+from inlay.core.config import AdapterConfig
+from inlay.core.errors import UserError
+from inlay.core.targeted import TargetedConfig
+from inlay.model.roster import Roster
+from inlay.model.targets import modules, plain
+
+FORMAT = "inlay-adapter-1"
+PEFT_VERSION = "0.21.2"
+"""The PEFT whose format the files have."""
+
+
+def adapter_tensors(roster: Roster, name: str) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's file by PEFT's keys; they share memory with the model."""
+    roster.check(name)
+    found = {key: slot.get() for key, slot in slots(roster, name).items()}
+    for key, layer in carried(roster, name):
+        found[key] = layer.weight.detach()  # type: ignore[union-attr, operator]
+    return dict(sorted(found.items()))
+
+
+def save_adapter(
+    roster: Roster,
+    name: str,
+    folder: str | Path,
+    *,
+    base: Mapping[str, Any] | None = None,
+    extra: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Write adapter `name` to `folder` and return it: a new folder appears whole or not at all.
+
+    base: the fingerprint to save (default: that of the model now). extra: more files by name (a
+    tokenizer's).
+    """
+    from safetensors.torch import save
+
+    config = roster.configs.get(name)
+    roster.check(name)
+    assert config is not None
+    if not any(True for _ in roster.adapters(name)):
+        raise UserError(
+            f"{name!r} trains the base itself and holds no adapter to save: save the whole model "
+            "instead"
+        )
+    tensors = save(
+        {key: t.contiguous().cpu().clone() for key, t in adapter_tensors(roster, name).items()},
+        metadata={"format": "pt"},
+    )
+    settings = json.dumps(saved_config(roster.model, config), indent=2, sort_keys=True)
+    ours = {
+        "format": FORMAT,
+        "inlay_version": _version(),
+        "base": dict(base) if base is not None else fingerprint(roster.model),
+        "files": {files.TENSORS: files.digest(tensors)},
+    }
+    content = dict(extra or {})
+    if not (Path(folder) / "README.md").exists():
+        content.setdefault("README.md", _card(config, roster.model).encode())
+    content[files.TENSORS] = tensors
+    content[files.CONFIG] = settings.encode()
+    # last, for it vouches for the others
+    content[files.OURS] = (json.dumps(ours, indent=1, sort_keys=True) + "\n").encode()
+    return files.write_folder(folder, content)
+
+
+def saved_config(model: nn.Module, config: AdapterConfig) -> dict[str, Any]:
+    """Return what `adapter_config.json` holds: PEFT's fields, and no others."""
+    told = config.to_dict()
+    told["inference_mode"] = True
+    told["peft_version"] = PEFT_VERSION
+    if told["base_model_name_or_path"] is None:
+        told["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
+    if told["task_type"] is None:
+        told["auto_mapping"] = {
+            "base_model_class": type(model).__name__,
+            "parent_library": type(model).__module__,
+        }
+    return told
+
+
+def load_adapter(
+    roster: Roster,
+    name: str,
+    folder: str | Path,
+    *,
+    config: AdapterConfig | None = None,
+    trainable: bool = False,
+    check_base: bool = True,
+) -> AdapterConfig:
+    """Load the adapter in `folder` into the model as `name` and return its settings.
+
+    config: settings in place of the folder's. On any error the model stays as it was: UserError for
+    settings or tensors that cannot be read, do not fit, hold NaN, or (with `check_base`) belong to
+    another base.
+    """
+    folder = Path(folder)
+    settings = config or files.read_config(folder)
+    if not isinstance(settings, TargetedConfig):
+        raise UserError(f"{folder}: {settings.peft_type} holds nothing that could be loaded")
+    path = files.tensor_file(folder)
+    shapes = files.read_shapes(path)
+    if (folder / files.OURS).is_file():
+        ours = files.read_json(folder / files.OURS)
+        files.check_digest(folder, ours)
+        if check_base and "base" in ours:
+            here = fingerprint(roster.model)
+            check_same_base(roster.model, ours["base"], here, folder / files.OURS)
+    return add_with_tensors(roster, name, settings, shapes, path, trainable=trainable)
+
+
+def add_with_tensors(
+    roster: Roster,
+    name: str,
+    settings: TargetedConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    path: Path,
+    *,
+    trainable: bool,
+) -> AdapterConfig:
+    """Set adapter `name` into the model, filled from `path`; on any error nothing is set in."""
+    first = not roster.names
+    try:
+        # without memory until the shapes are known to fit: a file may claim any rank
+        roster.add(name, settings, strict=False, device=torch.device("meta"), trainable=trainable)
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise UserError(f"{path.parent}: no layer can hold such an adapter: {error}") from None
+    try:
+        wanted = slots(roster, name)
+        base = _base_tensors(roster, shapes.keys() - wanted.keys(), shapes)
+        compare({k: s for k, s in shapes.items() if k not in base}, wanted, path)
+        tensors = files.read_tensors(path)
+        changed = _changed(base, tensors, path, alone=first)
+        for key, slot in wanted.items():
+            slot.put(tensors[key])
+    except BaseException:
+        if first:
+            roster.take_out(merged=False)
+        else:
+            roster.remove(name)
+        raise
+    for layer, tensor in changed:
+        layer.weight.data.copy_(tensor)  # type: ignore[union-attr, operator]
+    return roster.configs[name]
+
+
+def set_tensors(roster: Roster, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Fill adapter `name` from tensors by PEFT's keys, with or without `base_model.model.`.
+
+    Strict: one UserError lists every missing, unexpected and misshaped tensor, with nothing copied.
+    """
+    roster.check(name)
+    full = {k if k.startswith(PREFIX) else PREFIX + k: t for k, t in tensors.items()}
+    shapes = {key: tuple(t.shape) for key, t in full.items()}
+    wanted = slots(roster, name)
+    base = _base_tensors(roster, shapes.keys() - wanted.keys(), shapes)
+    compare({k: s for k, s in shapes.items() if k not in base}, wanted, "the state dict")
+    changed = _changed(base, full, "the state dict", alone=len(roster.names) == 1)
+    with torch.no_grad():
+        for key, slot in wanted.items():
+            slot.put(full[key])
+        for layer, tensor in changed:
+            layer.weight.data.copy_(tensor)  # type: ignore[union-attr, operator]
+
+
+def _base_tensors(
+    roster: Roster, keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, nn.Module]:
+    """Return key -> layer for the embeddings' own weights that PEFT writes beside an adapter."""
+    layers = {id(plain(m)) for m in embeddings(roster.model)}
+    found = {}
+    for path, module in modules(roster.model):
+        layer = plain(module)
+        for key in (f"{PREFIX}{path}.base_layer.weight", f"{PREFIX}{path}.weight"):
+            if key in keys and id(layer) in layers:
+                found[key] = layer
+                own = tuple(layer.weight.shape)  # type: ignore[union-attr, operator]
+                if shapes[key] != own:
+                    raise UserError(
+                        f"the adapter was trained with {shapes[key][0]} tokens in {path!r}, this "
+                        f"model has {own[0]}: "
+                        f"call resize_token_embeddings({shapes[key][0]}) on the base first"
+                    )
+    return found
+
+
+def _changed(
+    base: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], where: Any, *, alone: bool
+) -> list[tuple[nn.Module, Tensor]]:
+    """Return the embeddings whose weight in the file is another than the model's."""
+    changed = []
+    for key, layer in base.items():
+        own: Tensor = layer.weight.detach()  # type: ignore[union-attr, operator, assignment]
+        if torch.equal(tensors[key].to(own.device, own.dtype), own):
+            continue
+        if not alone:
+            raise UserError(
+                f"{where} carries an embedding ({key}) other than the model's, which other "
+                "adapters use already; "
+                "load this adapter into a base of its own"
+            )
+        warnings.warn(f"{where}: {key} replaces the base's own embedding", stacklevel=4)
+        changed.append((layer, tensors[key]))
+    return changed
+
+
+def describe(folder: str | Path) -> dict[str, Any]:
+    """Return what an adapter folder says of itself, without reading its tensors.
+
+    Its keys: method, config, tensors and parameters (counts), base_model, base (the fingerprint),
+    inlay_version, peft_version.
+    """
+    folder = Path(folder)
+    config = files.read_config(folder)
+    shapes = files.read_shapes(files.tensor_file(folder))
+    ours = files.read_json(folder / files.OURS) if (folder / files.OURS).is_file() else {}
+    return {
+        "method": str(config.method).lower(),
+        "config": config.to_dict(),
+        "tensors": len(shapes),
+        "parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
+        "base_model": config.base_model_name_or_path,
+        "base": ours.get("base"),
+        "inlay_version": ours.get("inlay_version"),
+        "peft_version": config.peft_version,
+    }
+
+
+def _card(config: AdapterConfig, model: nn.Module) -> str:
+    base = config.base_model_name_or_path or getattr(model, "name_or_path", None)
+    head = f"base_model: {json.dumps(base)}\n" if base else ""
+    return (
+        f"---\n{head}library_name: peft\ntags: [{config.method.lower()}, inlay]\n---\n\n"
+        f"A {config.method} adapter{f' of {base}' if base else ''}, written by inlay {_version()} "
+        "in PEFT's format.\n"
+    )
+
+
+def _version() -> str:
+    from inlay import __version__
+
+    return __version__

@@ -1,0 +1,93 @@
+"""PEFT's functions for models that are no `PeftModel`: inject an adapter, carry its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from inlay.checkpoint.adapter import adapter_tensors, set_tensors
+from inlay.checkpoint.names import PREFIX
+from inlay.core.config import AdapterConfig
+from inlay.core.errors import UserError
+from inlay.core.inlaid import Inlaid
+from inlay.core.targeted import TargetedConfig
+from inlay.model.roster import Roster
+from inlay.model.targets import modules
+from inlay.surface.peft_model import PeftModel
+
+M = TypeVar("M", bound=nn.Module)
+_ROSTER = "_inlay_roster"
+
+
+def roster_of(model: nn.Module) -> Roster:
+    """Return the adapters of a `PeftModel` or of a model with injected ones; else UserError."""
+    found = model.roster if isinstance(model, PeftModel) else model.__dict__.get(_ROSTER)
+    if not isinstance(found, Roster):
+        raise UserError(
+            f"{type(model).__name__} holds no adapters: use get_peft_model or "
+            "inject_adapter_in_model"
+        )
+    return found
+
+
+def inject_adapter_in_model(
+    peft_config: AdapterConfig,
+    model: M,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> M:
+    """Set an adapter into `model` itself and return it: its class and its calls stay its own.
+
+    low_cpu_mem_usage: leave the adapter without memory, for `set_peft_model_state_dict` to fill.
+    state_dict: take the modules its keys name as the targets, in place of the configuration's.
+    """
+    if not isinstance(peft_config, TargetedConfig):
+        raise UserError(
+            f"{type(peft_config).__name__} is no configuration of inlay: use inlay.LoraConfig"
+        )
+    roster = model.__dict__.get(_ROSTER)
+    if roster is None:
+        if isinstance(model, PeftModel) or any(isinstance(m, Inlaid) for m in model.modules()):
+            raise UserError("the model holds adapters already: use its add_adapter()")
+        roster = Roster(model)
+    if state_dict is not None:
+        paths = _named_by(state_dict, model)
+        peft_config = peft_config.replace(target_modules=paths, exclude_modules=None)
+    device = torch.device("meta") if low_cpu_mem_usage else None
+    roster.add(adapter_name, peft_config, device=device)
+    model.__dict__[_ROSTER] = roster
+    return model
+
+
+def get_peft_model_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """Return an adapter's tensors by the keys of PEFT's file; they share the model's memory."""
+    return adapter_tensors(roster_of(model), adapter_name)
+
+
+def set_peft_model_state_dict(
+    model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
+) -> None:
+    """Fill an adapter from tensors by the keys of PEFT's file, with or without `base_model.model.`.
+
+    Strict: UserError lists every missing, unexpected and misshaped tensor, with nothing copied.
+    """
+    set_tensors(roster_of(model), adapter_name, peft_model_state_dict)
+
+
+def _named_by(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:
+    known = dict(modules(model))
+    found: dict[str, None] = {}
+    for key in state_dict:
+        path = key.removeprefix(PREFIX)
+        while path and path not in known:
+            path = path.rpartition(".")[0]
+        if not path:
+            raise UserError(
+                f"the state dict's key {key!r} names no module of {type(model).__name__}"
+            )
+        found[path] = None
+    return list(found)

@@ -1,0 +1,347 @@
+"""PEFT's model: a base with named adapters, by PEFT's names.
+
+Each method is a line or two into `model/` or `checkpoint/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from inlay.checkpoint import folder as files
+from inlay.checkpoint.adapter import load_adapter, save_adapter
+from inlay.checkpoint.export import untie
+from inlay.checkpoint.fingerprint import fingerprint
+from inlay.checkpoint.folder import parse_config
+from inlay.core.config import AdapterConfig
+from inlay.core.errors import UserError
+from inlay.core.inlaid import Inlaid
+from inlay.core.targeted import TargetedConfig
+from inlay.model.roster import Roster
+
+
+class Adapted(nn.Module):
+    """The base with its hosts, a level below `PeftModel`: paths read `base_model.model....`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Hold `model`."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model returns."""
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the model's attribute."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+class PeftModel(nn.Module):
+    """A model with adapters, called like the model itself.
+
+    `model(..., adapter_names=["a", "__base__", "b"])` and `generate(..., adapter_names=...)` give
+    each row of the batch its own adapter.
+    """
+
+    def __init__(self, model: nn.Module, roster: Roster | None = None) -> None:
+        """Take a model without adapters; `get_peft_model` and `from_pretrained` do."""
+        super().__init__()
+        if roster is None:
+            if isinstance(model, PeftModel) or any(isinstance(m, Inlaid) for m in model.modules()):
+                raise UserError(
+                    "the model holds adapters already: use add_adapter(), or unload() them first"
+                )
+            roster = Roster(model)
+        self.base_model = Adapted(model)
+        self.roster = roster
+        self._base_fingerprint = fingerprint(model)
+
+    # -- running
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Return what the model returns, with the active adapters, or each row with its own."""
+        with self._routed(adapter_names):
+            return self.base_model.model(*args, **kwargs)
+
+    def generate(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """Return what the model generates, with the active adapters, or each row with its own."""
+        with self._routed(adapter_names):
+            return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _routed(self, names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
+        if names is None:
+            return contextlib.nullcontext()
+        return self.roster.selection.using(rows=self.roster.row_names(names))
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the base's attribute: `config`, `device`, `get_input_embeddings` and the rest."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model.model, name)
+
+    def get_base_model(self) -> nn.Module:
+        """Return the base's own object, hosts included."""
+        return self.base_model.model
+
+    # -- choosing
+
+    @property
+    def peft_config(self) -> dict[str, TargetedConfig]:
+        """The adapters' settings by name, as resolved for this model."""
+        return dict(self.roster.configs)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the adapters that compute, the one closest to the base first."""
+        return list(self.roster.selection.active)
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the active adapter; UserError where there is not exactly one."""
+        names = self.active_adapters
+        if len(names) != 1:
+            raise UserError(
+                f"{len(names)} adapters are active ({', '.join(names)}): use active_adapters"
+            )
+        return names[0]
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter active, or a stack of them, the first closest to the base.
+
+        Of the adapters in training, those active get gradients and the others none (with
+        `inference_mode`, none do).
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        self.roster.select(names, train=not inference_mode)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Compute as the base alone for a `with` block; UserError while adapters are merged."""
+        with self.roster.selection.using(active=()):
+            yield
+
+    # -- adding and removing
+
+    def add_adapter(self, adapter_name: str, peft_config: AdapterConfig) -> None:
+        """Add a new adapter, to be trained; it does not become active."""
+        self.roster.add(adapter_name, _targeted(peft_config))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out; was it the only active one, the first that is left becomes active."""
+        self.roster.remove(adapter_name)
+
+    def unload(self) -> nn.Module:
+        """Return the base as it was, bit for bit and with its own `requires_grad`."""
+        return self.roster.take_out(merged=False)
+
+    # -- merging
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Merge the named (default: active) adapters into the base, until `unmerge_adapter`.
+
+        With `safe_merge`, UserError where a merged value is not finite, with nothing merged.
+        """
+        self.roster.merge(adapter_names, check=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put the base's own weights back, bit for bit."""
+        self.roster.unmerge()
+
+    def merge_and_unload(
+        self, *, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Return the plain model with the named (default: active) adapters merged for good.
+
+        With `safe_merge`, UserError where a merged value is not finite, with nothing merged.
+        """
+        if not self.roster.selection.merged or adapter_names is not None:
+            self.roster.merge(adapter_names, check=safe_merge)
+        model = self.roster.take_out(merged=True)
+        untie(model)
+        return model
+
+    # -- files
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        selected_adapters: Sequence[str] | None = None,
+        *,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+    ) -> None:
+        """Write the adapters (default: all) in PEFT's files.
+
+        "default" goes into the folder itself, another into a folder of its name within.
+        tokenizer, chat_template: written beside them, so that the adapter is used with what it was
+        trained with.
+        """
+        chosen = self.roster.names if selected_adapters is None else tuple(selected_adapters)
+        self.roster.check(*chosen)
+        for name in chosen:
+            place = Path(save_directory) if name == "default" else Path(save_directory) / name
+            extra = _tokenizer_files(tokenizer, chat_template)
+            save_adapter(self.roster, name, place, base=self._base_fingerprint, extra=extra)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: AdapterConfig | None = None,
+        *,
+        revision: str | None = None,
+        check_base: bool = True,
+    ) -> PeftModel:
+        """Return `model` with the adapter of a folder (or hub id) loaded; it is changed in place.
+
+        is_trainable: whether the adapter gets gradients. check_base: refuse an adapter that was
+        trained on another base of the same shape. On any error the model stays as it was.
+        """
+        folder = files.fetch(model_id, revision)
+        settings = config or files.read_config(folder)
+        kind = CLASSES.get(settings.task_type or "", PeftModel) if cls is PeftModel else cls
+        adapted = kind(model)
+        adapted.load_adapter(
+            folder, adapter_name, is_trainable=is_trainable, config=settings, check_base=check_base
+        )
+        return adapted.eval() if not is_trainable else adapted
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        *,
+        config: AdapterConfig | None = None,
+        revision: str | None = None,
+        check_base: bool = True,
+    ) -> None:
+        """Load one more adapter from a folder or hub id; the first one becomes active."""
+        folder = files.fetch(model_id, revision)
+        load_adapter(
+            self.roster,
+            adapter_name,
+            folder,
+            config=config,
+            trainable=is_trainable,
+            check_base=check_base,
+        )
+
+    # -- counting
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return (trainable, all) parameters, adapters included; a shared one counts once."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the counts on one line."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trainable / max(total, 1):.4f}"
+        )
+
+
+class PeftModelForCausalLM(PeftModel):
+    """`PeftModel` for task_type CAUSAL_LM."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """`PeftModel` for task_type SEQ_2_SEQ_LM."""
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """`PeftModel` for task_type SEQ_CLS: the classification head is trained and saved too."""
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """`PeftModel` for task_type TOKEN_CLS: the classification head is trained and saved too."""
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """`PeftModel` for task_type QUESTION_ANS: the span head is trained and saved too."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """`PeftModel` for task_type FEATURE_EXTRACTION."""
+
+
+CLASSES: dict[str, type[PeftModel]] = {
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: AdapterConfig | Mapping[str, Any],
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+) -> PeftModel:
+    """Return `model`, changed in place, with a fresh adapter set into it, ready to be trained.
+
+    autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision; false =
+    the base's dtype. revision: of the base on the hub, noted in the adapter's files.
+    """
+    config = _targeted(peft_config)
+    if revision is not None:
+        config = config.replace(revision=revision)
+    adapted = CLASSES.get(config.task_type or "", PeftModel)(model)
+    adapted.roster.add(adapter_name, config)
+    if not autocast_adapter_dtype:
+        for _, host, adapter in adapted.roster.adapters(adapter_name):
+            adapter.to(next((p.dtype for p in host.base_layer.parameters()), torch.float32))
+    return adapted
+
+
+def _targeted(config: AdapterConfig | Mapping[str, Any]) -> TargetedConfig:
+    if isinstance(config, Mapping):
+        config = parse_config(config, "the configuration")
+    if not isinstance(config, TargetedConfig):
+        raise UserError(
+            f"{type(config).__module__}.{type(config).__name__} is no configuration of inlay: "
+            "use inlay.LoraConfig, or a dictionary with its fields and peft_type"
+        )
+    return config
+
+
+def _tokenizer_files(tokenizer: Any, chat_template: str | None) -> dict[str, bytes]:
+    """Return the files of a tokenizer by name, with `chat_template` in place of its own."""
+    if tokenizer is None:
+        return {}
+    if chat_template is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = chat_template
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}
