@@ -1,0 +1,193 @@
+"""Talk with a model in the terminal, with an adapter or several, or ask once with --prompt.
+
+    inlay chat runs/support
+    inlay chat runs/support --prompt "Where is my order?"
+    inlay chat --adapter a=runs/a/adapter --adapter b=runs/b/adapter
+    inlay chat --base_model Qwen/Qwen3-0.6B
+
+While talking: /adapter NAME switches (none = the base), /adapters lists, /reset forgets what was
+said, /quit ends. With nothing given it talks with inlay-tiny.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+from inlay.core.errors import UserError, nearest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
+    add = parser.add_argument
+    add("source", nargs="?", metavar="RUN", help="a run folder, an adapter's or a model's")
+    add(
+        "--adapter", action="append", default=[], metavar="[NAME=]FOLDER", help="an adapter; repeat"
+    )
+    add(
+        "--base_model", help="a hub id or a folder (default: what the adapter names, or inlay-tiny)"
+    )
+    add("--prompt", help="ask this, print the answer and end")
+    add("--system", help="system prompt")
+    add("--max_new_tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
+    add("--temperature", type=float, default=0.0, help="0 = always the likeliest token (default)")
+    add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Load, then answer once or talk."""
+    if arguments.max_new_tokens < 1 or not arguments.temperature >= 0:
+        raise UserError("--max_new_tokens must be 1 or more, and --temperature 0 or more")
+    model, tokenizer = load(arguments)
+    talk = Talk(model, tokenizer, arguments)
+    if arguments.prompt is not None:
+        talk.answer(arguments.prompt)
+        return 0
+    print(talk.where())
+    while (line := _ask()) is not None:
+        if not line.startswith("/"):
+            talk.answer(line)
+        elif talk.command(line) == "quit":
+            break
+    return 0
+
+
+def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the model and tokenizer that the arguments name."""
+    from inlay.model.load import load_base
+    from inlay.run.opening import kind_of, named, open_adapters, open_trained
+
+    given = {"device": arguments.device} if arguments.device else {}
+    adapters, source = list(arguments.adapter), arguments.source
+    if source is not None and adapters:
+        # a run beside others is its adapter
+        run_folder = f"{source}/adapter" if kind_of(source) == "run" else source
+        adapters.insert(0, run_folder)
+    if adapters:
+        places = named(adapters)
+        places = {n: f"{p}/adapter" if kind_of(p) == "run" else p for n, p in places.items()}
+        return open_adapters(places, arguments.base_model, **given)
+    if source is None or kind_of(source) == "model":
+        model, tokenizer = load_base(source or arguments.base_model, **given)
+        if tokenizer is None:
+            raise UserError(f"{source or arguments.base_model} has no tokenizer")
+        return model, tokenizer
+    return open_trained(source, arguments.base_model, **given)
+
+
+class Talk:
+    """A conversation with a model; what was said is kept, and rendered anew for each answer."""
+
+    def __init__(self, model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
+        from inlay.data.rows import Message
+        from inlay.data.template import Template
+        from inlay.train.answers import stop_ids
+
+        self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
+        self.template = Template(tokenizer) if tokenizer.chat_template else None
+        self.stops = stop_ids(model, tokenizer, self.template)
+        self.system = [Message("system", arguments.system)] if arguments.system else []
+        self.said: list[Any] = []
+        self.names = list(model.roster.names) if hasattr(model, "roster") else []
+        self.off = False
+
+    def answer(self, text: str) -> str:
+        """Print the answer as it comes, keep both in the conversation, and return it."""
+        from inlay.data.rows import Message
+
+        self.said.append(Message("user", text))
+        try:
+            answer = self._generate()
+        except BaseException:
+            self.said.pop()  # an answer that was interrupted was not given
+            raise
+        self.said.append(Message("assistant", answer))
+        return answer
+
+    def command(self, line: str) -> str | None:
+        """Do what a line that begins with / says; return "quit" where it says that."""
+        word, _, rest = line[1:].strip().partition(" ")
+        match word:
+            case "quit" | "exit":
+                return "quit"
+            case "reset":
+                self.said.clear()
+                print("forgotten")
+            case "adapters":
+                print(self.where())
+            case "adapter":
+                self._switch(rest.strip())
+            case _:
+                print("there are /adapter NAME, /adapters, /reset, /quit")
+        return None
+
+    def where(self) -> str:
+        """Return the names of the adapters, the active one marked."""
+        if not self.names:
+            return "the base alone, no adapter"
+        active = "none" if self.off else self.model.active_adapters[0]
+        return "  ".join(f"*{n}" if n == active else n for n in [*self.names, "none"])
+
+    def _switch(self, name: str) -> None:
+        if name != "none" and name not in self.names:
+            print(f"no adapter {name!r}.{nearest(name, self.names)} {self.where()}")
+            return
+        self.off = name == "none"
+        if not self.off:
+            self.model.set_adapter(name, inference_mode=True)
+        print(self.where())
+
+    def _generate(self) -> str:
+        import torch
+        from transformers import GenerationConfig, TextStreamer
+
+        ids = self._ids()
+        warm = self.arguments.temperature > 0
+        settings = GenerationConfig(
+            max_new_tokens=self.arguments.max_new_tokens,
+            do_sample=warm,
+            eos_token_id=self.stops or None,
+            pad_token_id=self.tokenizer.pad_token_id or min(self.stops, default=0),
+            **({"temperature": self.arguments.temperature} if warm else {}),
+        )
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        base = self.model.disable_adapter() if self.names and self.off else nullcontext()
+        with torch.no_grad(), base:
+            found = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=settings,
+                streamer=streamer,
+            )
+        return str(
+            self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+        ).strip()
+
+    def _ids(self) -> Any:
+        import torch
+
+        from inlay.data.template import RenderError
+        from inlay.train.precision import device_of
+
+        if self.template is None:  # a base that never saw a conversation goes on with the text
+            ids = self.tokenizer(self.said[-1].content)["input_ids"]
+        else:
+            try:
+                text = self.template.render([*self.system, *self.said], generation=True)
+            except RenderError as error:
+                raise UserError(f"the chat template refuses this conversation: {error}") from error
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor([ids], device=device_of(self.model))
+
+
+def _ask() -> str | None:
+    """Return the next line that says something, or None at the end of the input."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return None
+        if line:
+            return line

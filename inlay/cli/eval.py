@@ -1,0 +1,105 @@
+"""Measure a trained adapter beside its base: loss, perplexity and exact match on held-out rows.
+
+    inlay eval runs/support
+    inlay eval runs/support --data other.jsonl
+    inlay eval my-adapter --data other.jsonl --base_model Qwen/Qwen3-0.6B
+
+Without --data the rows are those that the run held out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import nullcontext
+from typing import Any
+
+from inlay.core.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
+    parser.add_argument("source", metavar="RUN|ADAPTER", help="a run folder, or an adapter's")
+    parser.add_argument("--data", metavar="FILE", help="rows to measure, in place of the held-out")
+    parser.add_argument("--base_model", help="base in place of the one that the adapter names")
+    parser.add_argument("--answers", type=int, help="rows to answer (default: the run's, or 100)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="longest answer (default: the run's, or 64)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure both sides and print them."""
+    from inlay.config.schema import RunConfig
+    from inlay.run.folder import Run
+    from inlay.run.opening import kind_of, open_trained
+
+    is_run = kind_of(arguments.source) == "run"
+    config = Run.open(arguments.source).config if is_run else RunConfig()
+    data = rows_to_measure(config, arguments.data)
+    model, tokenizer = open_trained(arguments.source, arguments.base_model)
+    found = measure(model, tokenizer, config, data, arguments)
+    show(found, config.evaluate.shown, as_json=arguments.json)
+    return 0
+
+
+def rows_to_measure(config: Any, file: str | None) -> Any:
+    """Return the `data:` block whose rows are to be measured, all those of `file` where given."""
+    from dataclasses import replace
+
+    if file is not None:
+        return replace(config.data, path=file, eval_path=None, eval_fraction=0.0, limit=None)
+    if not (config.data.eval_fraction or config.data.eval_path):
+        raise UserError("the run held no rows out; give some to measure: --data FILE")
+    return config.data
+
+
+def measure(
+    model: Any, tokenizer: Any, config: Any, data: Any, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Return {"held_out", "base", "adapter"}, as evaluation.json has it."""
+    from dataclasses import replace
+
+    from inlay.data.dataset import prepare
+    from inlay.run.measure import measure_answers, measure_loss
+    from inlay.train.precision import choose
+
+    prepared = prepare(data, tokenizer)
+    given = arguments.data is not None
+    examples = prepared.train if given else prepared.eval
+    rows = prepared.train_rows if given else prepared.eval_rows
+    asked = {name: getattr(arguments, name) for name in ("answers", "max_new_tokens")}
+    evaluate = replace(config.evaluate, **{k: v for k, v in asked.items() if v is not None})
+    precision = choose(config.train.precision, model)
+    size = config.train.eval_batch_size or config.train.micro_batch_size
+
+    def side() -> dict[str, Any]:
+        loss = measure_loss(model, tokenizer, config.objective, examples, size, precision)
+        return loss | measure_answers(
+            model, tokenizer, rows, evaluate, precision, prepared.template
+        )
+
+    found: dict[str, Any] = {"held_out": len(examples), "base": None}
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            found["base"] = side()
+    with nullcontext():
+        found["adapter"] = side()
+    return found
+
+
+def show(found: dict[str, Any], shown: int, *, as_json: bool) -> None:
+    """Print an evaluation."""
+    if as_json:
+        import json
+
+        print(json.dumps({"event": "evaluation", **found}, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    from inlay.run.tables import answers_table, scores_table
+
+    console = Console(highlight=False)
+    for table in (answers_table(found, shown), scores_table(found)):
+        if table is not None:
+            console.print(table)

@@ -1,0 +1,171 @@
+"""Say what a folder is: a run, an adapter, a checkpoint, a model; without one, what is installed.
+
+inlay info
+inlay info runs/support
+inlay info my-adapter --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="a run, an adapter, a model")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what is known, one line a fact."""
+    found = about(Path(arguments.folder).expanduser()) if arguments.folder else machine()
+    if arguments.json:
+        print(json.dumps(found, ensure_ascii=False, default=str))
+        return 0
+    width = max(map(len, found)) + 2
+    for name, value in found.items():
+        for i, line in enumerate(value if isinstance(value, list) else [value]):
+            print(f"{name if i == 0 else '':{width}}{line}")
+    return 0
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """Return what `folder` is and says of itself; UserError where it is nothing of ours."""
+    from inlay.core.errors import UserError
+    from inlay.run.opening import kind_of
+
+    readers = {"run": _run, "adapter": _adapter, "checkpoint": _checkpoint, "model": _model}
+    kind = kind_of(folder)
+    if kind == "unknown":
+        inside = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise UserError(f"{folder} is no run, adapter, checkpoint or model; it holds {inside}")
+    return {"what": kind, "folder": str(folder), **readers[kind](folder)}
+
+
+def machine() -> dict[str, Any]:
+    """Return versions, device, cores and memory."""
+    import importlib.metadata
+
+    import torch
+
+    from inlay import __version__
+
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "huggingface_hub")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    cuda = torch.cuda.is_available()
+    device = f"cuda: {torch.cuda.get_device_name()}" if cuda else "cpu"
+    return {
+        "inlay": __version__,
+        "python": platform.python_version(),
+        **versions,
+        "device": device,
+        "cores": f"{os.cpu_count()} ({torch.get_num_threads()} threads)",
+        "memory": _memory(),
+        "base": "inlay-tiny, built in",
+    }
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    from inlay.run.folder import Run
+
+    run = Run.open(folder)
+    config, outcome, found = run.config, run.outcome, run.evaluation or {}
+    steps = (
+        f"{outcome.step} of {outcome.total_steps} steps, {outcome.stopped}" if outcome else "none"
+    )
+    state = (
+        "finished" if run.is_finished else "not finished; inlay train on its config.yaml goes on"
+    )
+    scores = {
+        side: ", ".join(
+            f"{name} {found[side][name]:.4g}"
+            for name in ("loss", "perplexity", "exact_match")
+            if found[side].get(name) is not None
+        )
+        for side in ("base", "adapter")
+        if found.get(side)
+    }
+    return {
+        "state": state,
+        "base model": config.base_model or "inlay-tiny",
+        "method": str(config.adapter.method).lower(),
+        "data": list(config.data.paths),
+        "training": steps,
+        "seconds": round(outcome.seconds, 1) if outcome else None,
+        **{f"scores of the {side}": told for side, told in scores.items()},
+        "trained": str(run.trained) if run.trained.is_dir() else "nothing yet",
+    }
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    from inlay.checkpoint.adapter import describe
+
+    found = describe(folder)
+    settings = found["config"]
+    shown = {
+        name: value
+        for name, value in settings.items()
+        if value not in (None, False, {}, []) and not name.startswith(("peft_", "base_model"))
+    }
+    return {
+        "method": found["method"],
+        "base model": found["base_model"],
+        "parameters": f"{found['parameters']:,} in {found['tensors']} tensors",
+        "settings": [f"{name}: {value}" for name, value in shown.items()],
+        "fingerprint of the base": "yes" if found["base"] else "no",
+        "written by": f"inlay {found['inlay_version']}"
+        if found["inlay_version"]
+        else "another tool",
+        "peft": found["peft_version"],
+    }
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    from inlay.checkpoint.train import Checkpoint, find_fault
+
+    fault = find_fault(folder)
+    if fault:
+        return {"state": f"damaged: {fault}"}
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    progress = Checkpoint(folder, manifest["step"]).state()["progress"]
+    return {
+        "state": "whole",
+        "step": manifest["step"],
+        "training loss": progress["train_loss"],
+        "held-out loss": progress["eval_loss"],
+    }
+
+
+def _model(folder: Path) -> dict[str, Any]:
+    from inlay.checkpoint.folder import read_json, read_shapes
+
+    config = read_json(folder / "config.json")
+    files = sorted(folder.glob("*.safetensors"))
+    sizes = [_product(shape) for file in files for shape in read_shapes(file).values()]
+    return {
+        "class": ", ".join(config.get("architectures") or ["unknown"]),
+        "model type": config.get("model_type"),
+        "parameters": f"{sum(sizes):,} in {len(sizes)} tensors" if files else "no safetensors",
+        "dtype": config.get("dtype") or config.get("torch_dtype"),
+        "tokenizer": "yes" if (folder / "tokenizer_config.json").is_file() else "no",
+        "vocabulary": config.get("vocab_size"),
+    }
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    import math
+
+    return math.prod(shape)
+
+
+def _memory() -> str:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not POSIX
+        return "unknown"
+    return f"{total / 2**30:.1f} GiB"

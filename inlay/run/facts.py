@@ -1,0 +1,94 @@
+"""What a run inferred, told before its first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from inlay.config.dump import in_line
+from inlay.config.resolve import DEFAULT, Resolved
+from inlay.config.schema import objective_name
+from inlay.data.dataset import Prepared
+from inlay.train.distributed import world
+from inlay.train.order import Order
+from inlay.train.precision import device_of
+
+
+def facts(resolved: Resolved, model: Any, data: Prepared, precision: Any) -> dict[str, list[str]]:
+    """Return heading -> lines: settings and their origins, base, data, adapter, training."""
+    return {
+        "settings": settings(resolved),
+        "base": [base(model)],
+        "data": data.describe(),
+        "adapter": adapter(resolved, model),
+        "training": training(resolved, data, precision),
+    }
+
+
+def settings(resolved: Resolved) -> list[str]:
+    """Return one line an origin: what it set; of a recipe the file without its lines."""
+    by_origin: dict[str, list[str]] = {}
+    values: Mapping[str, Any] = resolved.values
+    for name, origin in resolved.origins.items():
+        if origin != DEFAULT:
+            place = origin.rpartition(":")[0] or origin
+            by_origin.setdefault(place, []).append(f"{name} {in_line(values[name])}")
+    return [f"{place}: {', '.join(told)}" for place, told in by_origin.items()]
+
+
+def base(model: Any) -> str:
+    """Return name, class, size, dtype and device of the base."""
+    plain = model.get_base_model()
+    own = sum(p.numel() for p in plain.parameters()) - _trained(model)
+    size = count(own if model.roster.hosts else own + _trained(model))
+    dtype = str(next(plain.parameters()).dtype).removeprefix("torch.")
+    name = getattr(plain, "name_or_path", "") or "a model"
+    return f"{name}: {type(plain).__name__}, {size} parameters, {dtype}, on {device_of(model)}"
+
+
+def adapter(resolved: Resolved, model: Any) -> list[str]:
+    """Return what is trained, and how much of the whole that is."""
+    config = resolved.config.adapter
+    trainable, total = model.get_nb_trainable_parameters()
+    share = f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%})"
+    if not model.roster.hosts:
+        return [f"{str(config.method).lower()}: {share}"]
+    ends = sorted({path.rpartition(".")[2] for path in model.roster.hosts})
+    layers = f"in {len(model.roster.hosts)} layers ({', '.join(ends)})"
+    own = {name: getattr(config, name) for name in ("r", "lora_alpha") if hasattr(config, name)}
+    told = ", ".join(f"{name} {value:g}" for name, value in own.items())
+    return [f"{str(config.method).lower()} {layers}{'; ' if told else ''}{told}", share]
+
+
+def training(resolved: Resolved, data: Prepared, precision: Any) -> list[str]:
+    """Return how many steps of what size, the arithmetic and the learning rate."""
+    config, run = resolved.config.train, resolved.config
+    rows = config.micro_batch_size * config.gradient_accumulation_steps * world()
+    an_epoch = Order(len(data.train), rows, config.seed).steps_per_epoch
+    steps = config.max_steps or max(1, math.ceil(config.num_epochs * an_epoch))
+    warmup = config.warmup_steps
+    rise = f"{warmup} steps" if warmup is not None else f"{config.warmup_ratio:.0%}"
+    return [
+        f"{objective_name(run.objective)}: {steps} steps of {rows} examples "
+        f"({config.micro_batch_size} x {config.gradient_accumulation_steps}), "
+        f"{steps / an_epoch:.3g} epochs",
+        f"{str(precision).removeprefix('torch.')}; learning rate {config.learning_rate:g}, "
+        f"{config.lr_scheduler} after a warmup of {rise}; seed {config.seed}",
+    ]
+
+
+def count(number: int) -> str:
+    """Return a number for reading.
+
+    >>> count(2_640_000), count(7_000_000_000), count(12)
+    ('2.64M', '7B', '12')
+    """
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def _trained(model: Any) -> int:
+    return int(model.get_nb_trainable_parameters()[0])

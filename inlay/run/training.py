@@ -1,0 +1,199 @@
+"""`inlay.train`: settings -> base, adapter, rows -> training -> what it learned, in a run folder.
+
+Every step of it can be repeated: a run that was stopped anywhere, and is started again with the
+same settings, goes on where it stood and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inlay.checkpoint.atomic import remove_folder, write_text
+from inlay.checkpoint.export import export_model
+from inlay.config.dump import to_yaml
+from inlay.config.resolve import Resolved, resolve_python
+from inlay.config.schema import RunConfig
+from inlay.core.errors import UserError
+from inlay.data.dataset import Prepared, prepare
+from inlay.data.read import raw_rows
+from inlay.model.load import load_base
+from inlay.run.facts import facts
+from inlay.run.folder import CONFIG, EVALUATION, LEDGER, Run, base_arguments
+from inlay.run.measure import measure_answers, measure_loss, told
+from inlay.run.report import Report, Terminal
+from inlay.run.standing import clear, look, no_junk, only_one
+from inlay.surface.peft_model import get_peft_model
+from inlay.train.evaluate import Score
+from inlay.train.events import Events
+from inlay.train.loop import fit
+from inlay.train.order import seed_of
+from inlay.train.precision import choose
+from inlay.train.progress import Outcome
+
+
+def train(
+    config: str | Path | Mapping[str, Any] | RunConfig | None = None,
+    *,
+    overwrite: bool = False,
+    report: Report | None = None,
+    **settings: Any,
+) -> Run:
+    """Train as `inlay train` does, and return the run.
+
+    config: a recipe's path, a mapping with its keys, or a RunConfig. settings: keys that go before
+    those of `config`, as in train("recipe.yaml", data="other.jsonl", train={"max_steps": 10}).
+    overwrite: replace another run in output_dir. report: what is told of it, and how (default: on
+    the terminal). A run of these settings that was stopped goes on where it stood; one that has
+    ended is returned as it is. Raises UserError for every mistake in what was given.
+    """
+    return start(resolve_python(config, settings), overwrite=overwrite, report=report)
+
+
+def start(resolved: Resolved, *, overwrite: bool = False, report: Report | None = None) -> Run:
+    """Train with settings that are resolved; the rest as `train`."""
+    config, report = resolved.config, report or Terminal()
+    run = Run(str(config.output_dir))
+    with report, no_junk(run.folder):
+        for notice in resolved.notices:
+            report.notice(notice)
+        state = look(run, resolved, overwrite=overwrite)
+        if state == "finished":
+            report.notice(f"{run.folder} holds this run, finished; --overwrite starts it anew")
+            report.result(run)
+            return run
+        job = _Job(resolved, run, report)
+        with only_one(run.folder):
+            if overwrite:
+                clear(run)
+            if state == "begun":
+                report.notice(f"going on with the run in {run.folder}; --overwrite starts it anew")
+            write_text(
+                run.folder / CONFIG, to_yaml(resolved, f"The settings of the run in {run.folder}")
+            )
+            job.measure_base()
+            outcome = job.fit(resume=state == "begun")
+            if outcome.stopped in ("sigterm", "sigint"):
+                report.stopped(run, outcome)
+                return run
+            job.save()
+            job.measure_trained(outcome)
+            report.result(run)
+    return run
+
+
+class _Job:
+    """The objects that settings become, in the order in which a mistake is cheapest to find."""
+
+    def __init__(self, resolved: Resolved, run: Run, report: Report) -> None:
+        config = self.config = resolved.config
+        self.run, self.report = run, report
+        check_sources(config)
+        base, self.tokenizer = load_base(**base_arguments(config))
+        if self.tokenizer is None:
+            raise UserError(f"base_model {config.base_model!r} has no tokenizer beside it")
+        self.model = adapted(base, config)
+        self.objective = replace(config.objective, packing=config.train.packing)
+        self.data: Prepared = prepare(config.data, self.tokenizer, run.folder / LEDGER)
+        self.precision = choose(config.train.precision, self.model)
+        report.facts(facts(resolved, self.model, self.data, self.precision))
+
+    def measure_base(self) -> None:
+        """Write what the base scores on the held-out rows, unless an earlier start did."""
+        if not (self.data.eval and (self.run.evaluation or {}).get("base")):
+            if self.data.eval:
+                self.report.notice("measuring the base on the held-out rows")
+            with self.without_adapter():
+                found = {**self.loss(), **self.answers()}
+            self.write({"held_out": len(self.data.eval), "base": found or None})
+
+    def fit(self, *, resume: bool) -> Outcome:
+        """Train, or go on with it."""
+        events = Events(self.run.folder, [self.report.event])
+        return fit(
+            self.model,
+            self.tokenizer,
+            self.objective,
+            self.data.train,
+            self.data.eval,
+            self.config.train,
+            self.run.folder,
+            events,
+            resume=resume,
+        )
+
+    def save(self) -> None:
+        """Write the adapter with the tokenizer and chat template it was trained with."""
+        place, template = self.run.trained, self.data.chat_template
+        if place.is_dir():
+            remove_folder(place)  # of a start that was killed while measuring
+        if self.run.is_full:
+            plain = self.model.get_base_model()
+            export_model(plain, self.tokenizer, place, chat_template=template)
+        else:
+            self.model.save_pretrained(place, tokenizer=self.tokenizer, chat_template=template)
+
+    def measure_trained(self, outcome: Outcome) -> None:
+        """Write what the adapter scores beside the base, which says that the run has ended."""
+        found: dict[str, Any] = {}
+        if self.data.eval:
+            self.report.notice("measuring the adapter on the held-out rows")
+            found = {**self.last_loss(outcome), **self.answers()}
+        self.write({**(self.run.evaluation or {}), "adapter": found or None, "finished": True})
+
+    def without_adapter(self) -> Any:
+        """Return the context in which the model is the base; at the start a full one still is."""
+        return nullcontext() if self.run.is_full else self.model.disable_adapter()
+
+    def loss(self) -> dict[str, Any]:
+        """Return the loss on the held-out rows."""
+        size = self.config.train.eval_batch_size or self.config.train.micro_batch_size
+        return measure_loss(
+            self.model, self.tokenizer, self.objective, self.data.eval, size, self.precision
+        )
+
+    def last_loss(self, outcome: Outcome) -> dict[str, Any]:
+        """Return the loss on the held-out rows after training, as the loop measured it last."""
+        if outcome.eval_loss is None or self.config.train.restore_best:
+            return self.loss()
+        base = (self.run.evaluation or {}).get("base") or {}
+        return told(Score(outcome.eval_loss, base.get("tokens", 0)))
+
+    def answers(self) -> dict[str, Any]:
+        """Return answers to the held-out rows."""
+        return measure_answers(
+            self.model,
+            self.tokenizer,
+            self.data.eval_rows,
+            self.config.evaluate,
+            self.precision,
+            self.data.template,
+        )
+
+    def write(self, evaluation: dict[str, Any]) -> None:
+        """Write evaluation.json."""
+        text = json.dumps(evaluation, indent=1, ensure_ascii=False) + "\n"
+        write_text(self.run.folder / EVALUATION, text)
+
+
+def adapted(base: Any, config: RunConfig) -> Any:
+    """Return `base` with a fresh adapter, whose start depends on train.seed and nothing else."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed_of(config.train.seed))
+        return get_peft_model(base, config.adapter, revision=config.revision)
+
+
+def check_sources(config: RunConfig) -> None:
+    """Raise UserError where a data file is not there, before a model is loaded for it."""
+    if not config.data.paths:
+        raise UserError("data.path is empty; give a file such as chats.jsonl or a hub data set")
+    for path in (*config.data.paths, *config.data.eval_paths):
+        if Path(path).suffix or Path(path).exists():
+            raw_rows(path)
