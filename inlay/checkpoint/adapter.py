@@ -18,7 +18,6 @@ from inlay.core.config import AdapterConfig
 from inlay.core.errors import UserError
 from inlay.core.targeted import TargetedConfig
 from inlay.model.roster import Roster
-from inlay.model.targets import modules, plain
 
 FORMAT = "inlay-adapter-1"
 PEFT_VERSION = "0.21.2"
@@ -29,8 +28,7 @@ def adapter_tensors(roster: Roster, name: str) -> dict[str, Tensor]:
     """Return the tensors of an adapter's file by PEFT's keys; they share memory with the model."""
     roster.check(name)
     found = {key: slot.get() for key, slot in slots(roster, name).items()}
-    for key, layer in carried(roster, name):
-        found[key] = layer.weight.detach()  # type: ignore[union-attr, operator]
+    found |= {key: weight.detach() for key, weight in carried(roster, name).items()}
     return dict(sorted(found.items()))
 
 
@@ -49,9 +47,8 @@ def save_adapter(
     """
     from safetensors.torch import save
 
-    config = roster.configs.get(name)
     roster.check(name)
-    assert config is not None
+    config = roster.configs[name]
     if not any(True for _ in roster.adapters(name)):
         raise UserError(
             f"{name!r} trains the base itself and holds no adapter to save: save the whole model "
@@ -118,8 +115,7 @@ def load_adapter(
         ours = files.read_json(folder / files.OURS)
         files.check_digest(folder, ours)
         if check_base and "base" in ours:
-            here = fingerprint(roster.model)
-            check_same_base(roster.model, ours["base"], here, folder / files.OURS)
+            check_same_base(roster.model, ours["base"], folder / files.OURS)
     return add_with_tensors(roster, name, settings, shapes, path, trainable=trainable)
 
 
@@ -137,8 +133,9 @@ def add_with_tensors(
     try:
         # without memory until the shapes are known to fit: a file may claim any rank
         roster.add(name, settings, strict=False, device=torch.device("meta"), trainable=trainable)
-    except (RuntimeError, OverflowError, MemoryError) as error:
-        raise UserError(f"{path.parent}: no layer can hold such an adapter: {error}") from None
+    except (RuntimeError, OverflowError, MemoryError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path.parent}: no layer can hold such an adapter: {reason}") from None
     try:
         wanted = slots(roster, name)
         base = _base_tensors(roster, shapes.keys() - wanted.keys(), shapes)
@@ -153,8 +150,8 @@ def add_with_tensors(
         else:
             roster.remove(name)
         raise
-    for layer, tensor in changed:
-        layer.weight.data.copy_(tensor)  # type: ignore[union-attr, operator]
+    for weight, tensor in changed:
+        weight.data.copy_(tensor)
     return roster.configs[name]
 
 
@@ -173,48 +170,43 @@ def set_tensors(roster: Roster, name: str, tensors: Mapping[str, Tensor]) -> Non
     with torch.no_grad():
         for key, slot in wanted.items():
             slot.put(full[key])
-        for layer, tensor in changed:
-            layer.weight.data.copy_(tensor)  # type: ignore[union-attr, operator]
+        for weight, tensor in changed:
+            weight.data.copy_(tensor)
 
 
 def _base_tensors(
     roster: Roster, keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, nn.Module]:
-    """Return key -> layer for the embeddings' own weights that PEFT writes beside an adapter."""
-    layers = {id(plain(m)) for m in embeddings(roster.model)}
+) -> dict[str, nn.Parameter]:
+    """Return by key the embeddings' own weights, which PEFT writes beside an adapter."""
     found = {}
-    for path, module in modules(roster.model):
-        layer = plain(module)
+    for path, weight in embeddings(roster.model).items():
         for key in (f"{PREFIX}{path}.base_layer.weight", f"{PREFIX}{path}.weight"):
-            if key in keys and id(layer) in layers:
-                found[key] = layer
-                own = tuple(layer.weight.shape)  # type: ignore[union-attr, operator]
-                if shapes[key] != own:
-                    raise UserError(
-                        f"the adapter was trained with {shapes[key][0]} tokens in {path!r}, this "
-                        f"model has {own[0]}: "
-                        f"call resize_token_embeddings({shapes[key][0]}) on the base first"
-                    )
+            if key not in keys:
+                continue
+            found[key] = weight
+            if shapes[key] != tuple(weight.shape):
+                raise UserError(
+                    f"the adapter was trained with {shapes[key][0]} tokens in {path!r}, this model "
+                    f"has {weight.shape[0]}: call resize_token_embeddings({shapes[key][0]}) first"
+                )
     return found
 
 
 def _changed(
-    base: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], where: Any, *, alone: bool
-) -> list[tuple[nn.Module, Tensor]]:
-    """Return the embeddings whose weight in the file is another than the model's."""
+    base: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], where: Any, *, alone: bool
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return the embeddings' weights that are another in the file, each with the file's."""
     changed = []
-    for key, layer in base.items():
-        own: Tensor = layer.weight.detach()  # type: ignore[union-attr, operator, assignment]
-        if torch.equal(tensors[key].to(own.device, own.dtype), own):
+    for key, own in base.items():
+        if torch.equal(tensors[key].to(own.device, own.dtype), own.detach()):
             continue
         if not alone:
             raise UserError(
                 f"{where} carries an embedding ({key}) other than the model's, which other "
-                "adapters use already; "
-                "load this adapter into a base of its own"
+                "adapters use already; load this adapter into a base of its own"
             )
         warnings.warn(f"{where}: {key} replaces the base's own embedding", stacklevel=4)
-        changed.append((layer, tensors[key]))
+        changed.append((own, tensors[key]))
     return changed
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from inlay.checkpoint.atomic import whole_folder
 from inlay.core.errors import UserError
@@ -15,7 +14,7 @@ from inlay.core.inlaid import Inlaid
 
 
 def export_model(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     folder: str | Path,
     *,
@@ -40,13 +39,13 @@ def export_model(
             n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()
         }
     with whole_folder(folder) as partial:
-        kept = model.config.dtype  # type: ignore[union-attr, operator]
+        kept = model.config.dtype
         try:
             if dtype is not None:
-                model.config.dtype = dtype  # type: ignore[union-attr, operator]
-            model.save_pretrained(partial, state_dict=weights)  # type: ignore[operator]
+                model.config.dtype = dtype
+            model.save_pretrained(partial, state_dict=weights)
         finally:
-            model.config.dtype = kept  # type: ignore[union-attr, operator]
+            model.config.dtype = kept
         if tokenizer is not None:
             written = tokenizer
             if chat_template is not None and chat_template != tokenizer.chat_template:
@@ -56,18 +55,18 @@ def export_model(
     return folder
 
 
-def untie(model: nn.Module) -> None:
+def untie(model: Any) -> None:
     """Say in the model's configuration which of its tied weights are tied no longer.
 
     An update merged into one of two tied layers parts them; a reader that ties them again would
     lose it.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     for module in model.modules():
         tied = getattr(module, "all_tied_weights_keys", None)
         if tied:
             own = dict(module.named_parameters(remove_duplicate=False))
-            module.all_tied_weights_keys = {  # type: ignore[assignment]
+            module.all_tied_weights_keys = {
                 target: source
                 for target, source in tied.items()
                 if own.get(target) is own.get(source)
@@ -75,4 +74,4 @@ def untie(model: nn.Module) -> None:
     if getattr(config, "tie_word_embeddings", False) and hasattr(model, "get_input_embeddings"):
         below, above = model.get_input_embeddings(), model.get_output_embeddings()
         if below is not None and above is not None and above.weight is not below.weight:
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
+            config.tie_word_embeddings = False

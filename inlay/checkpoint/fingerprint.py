@@ -10,16 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from inlay.core.config import plain
 from inlay.core.errors import UserError
+from inlay.core.inlaid import Inlaid
 from inlay.model.targets import modules
-from inlay.model.targets import plain as plain_module
 
 TENSORS, VALUES = 16, 16
 """Weights that are sampled, and the values of each."""
@@ -59,7 +59,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     A few hundred values are read, whatever the model's size.
     """
     samples = sample(model)
-    rounded = {name: torch.tensor(v).bfloat16().tolist() for name, v in samples.items()}
+    rounded = {n: torch.tensor(s["values"]).bfloat16().tolist() for n, s in samples.items()}
     return {
         "architecture": _architecture(model),
         "config": _config_hash(model),
@@ -67,65 +67,71 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def check_same_base(model: nn.Module, saved: Any, ours: Mapping[str, Any], where: Any) -> None:
-    """Raise UserError where `saved`, from an adapter folder, is of another base than `ours`.
-
-    `model` gives the values of the weights that `saved` sampled.
-    """
+def check_same_base(model: nn.Module, saved: Any, where: Any) -> None:
+    """Raise UserError where the fingerprint `saved`, from an adapter folder, is of another base."""
     try:
         architecture, config = saved["architecture"], saved["config"]
-        samples = {str(n): [float(x) for x in v] for n, v in saved["weights"]["samples"].items()}
+        samples = {
+            str(name): {"shape": list(told["shape"]), "values": [float(v) for v in told["values"]]}
+            for name, told in saved["weights"]["samples"].items()
+        }
     except (TypeError, KeyError, AttributeError, ValueError):
         raise UserError(
             f"{where}: the fingerprint of the base cannot be read; "
             "restore the file, or delete it to load the adapter unchecked"
         ) from None
     differs = []
-    if architecture != ours["architecture"]:
-        differs.append(f"it was trained on a {architecture}, this is a {ours['architecture']}")
-    elif config is not None and config != ours["config"]:
+    if architecture != _architecture(model):
+        differs.append(f"it was trained on a {architecture}, this is a {_architecture(model)}")
+    elif config is not None and config != _config_hash(model):
         differs.append("the configurations differ in more than their vocabulary")
     mine = sample(model, samples)
-    apart = [n for n, values in mine.items() if not _close(values, samples[n])]
+    # a weight of another shape is a resized vocabulary, or the adapter's own tensors do not fit
+    same = [n for n, s in mine.items() if s["shape"] == samples[n]["shape"]]
+    apart = [n for n in same if not _close(mine[n]["values"], samples[n]["values"])]
     if apart:
-        differs.append(f"{len(apart)} of {len(mine)} sampled weights differ, {apart[0]} first")
+        differs.append(f"{len(apart)} of {len(same)} sampled weights differ, {apart[0]} first")
     if differs:
         raise UserError(
             f"{where} belongs to another base: {'; '.join(differs)}. Load the base it was trained "
-            "on, or pass "
-            "check_base=False (--any_base on the command line) if this is meant"
+            "on, or pass check_base=False (--any_base on the command line) if this is meant"
         )
 
 
-def sample(model: nn.Module, like: Mapping[str, Any] | None = None) -> dict[str, list[float]]:
-    """Return 16 values each of 16 matrices of `model`, or of the weights that `like` names.
+def sample(model: nn.Module, names: Collection[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Return {"shape", "values": 16 of them} of 16 matrices of the base, or of those `names` says.
 
     Weights that are not plain numbers here (packed, or without memory) are left out.
     """
     found = {
         f"{path}.{name}": p.detach()
         for path, module in modules(model)
-        for name, p in plain_module(module)._parameters.items()
+        for name, p in own_parameters(module).items()
         if p is not None and p.is_floating_point() and not p.is_meta
     }
-    found = {n: p for n, p in found.items() if (p.ndim > 1 if like is None else n in like)}
-    names = sorted(found)
-    if like is None and len(names) > TENSORS:
-        names = [names[round(i * (len(names) - 1) / (TENSORS - 1))] for i in range(TENSORS)]
-    samples = {}
-    for name in names:
-        flat = found[name].reshape(-1)
-        count = min(VALUES, len(flat))
-        if like is not None and len(like[name]) != count:
-            continue
-        index = torch.tensor([i * (len(flat) - 1) // max(count - 1, 1) for i in range(count)])
-        samples[name] = flat[index.to(flat.device)].double().tolist()
-    return samples
+    if names is None:
+        names = sorted(n for n, p in found.items() if p.ndim > 1)
+        if len(names) > TENSORS:
+            names = [names[round(i * (len(names) - 1) / (TENSORS - 1))] for i in range(TENSORS)]
+    return {n: _sample(found[n]) for n in names if n in found}
+
+
+def _sample(weight: Tensor) -> dict[str, Any]:
+    flat = weight.reshape(-1)
+    count = min(VALUES, len(flat))
+    index = torch.tensor([i * (len(flat) - 1) // max(count - 1, 1) for i in range(count)])
+    values = flat[index.to(flat.device)].double().tolist()
+    return {"shape": list(weight.shape), "values": values}
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the parameters that the base has at this place, whatever is set in or merged there."""
+    return module.originals() if isinstance(module, Inlaid) else dict(module._parameters)
 
 
 def _close(ours: list[float], theirs: list[float]) -> bool:
     scale = max((abs(x) for x in theirs), default=0.0)
-    return all(
+    return len(ours) == len(theirs) and all(
         math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-4 * scale)
         for a, b in zip(ours, theirs, strict=True)
     )
@@ -137,7 +143,7 @@ def _architecture(model: nn.Module) -> str:
 
 
 def _config_hash(model: nn.Module) -> str | None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_diff_dict"):
         return None
     told = config.to_diff_dict()

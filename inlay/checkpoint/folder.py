@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from inlay.checkpoint.atomic import disk_errors, whole_folder, write_bytes
-from inlay.core.config import AdapterConfig
+from inlay.core.config import AdapterConfig, plain
 from inlay.core.errors import UserError
 from inlay.methods import method
 
@@ -114,8 +114,11 @@ def parse_config(given: Mapping[str, Any], where: Any) -> AdapterConfig:
             "the "
             "adapter computes, so it is not ignored. Remove the field if it may be"
         )
+    settings = {k: v for k, v in given.items() if k in known}
     try:
-        return TypeAdapter(kind).validate_python({k: v for k, v in given.items() if k in known})
+        # only checked: what is written again must be what was read, 8 and not 8.0
+        TypeAdapter(kind).validate_json(json.dumps(plain(settings)), strict=True)
+        return kind(**settings)
     except ValidationError as error:
         first = error.errors()[0]
         if isinstance(first.get("ctx", {}).get("error"), UserError):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from inlay.checkpoint.fingerprint import own_parameters
 from inlay.core.adapter import Adapter
 from inlay.core.errors import UserError
-from inlay.core.inlaid import Inlaid
 from inlay.model.roster import Roster
-from inlay.model.targets import plain
+from inlay.model.targets import modules, plain
 
 PREFIX = "base_model.model."
 CARRIED = ("embed_tokens", "lm_head")
@@ -59,27 +59,40 @@ def slots(roster: Roster, name: str) -> dict[str, Slot]:
     }
 
 
-def carried(roster: Roster, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (key of its weight, layer) of the embeddings whose base weight goes into the file too.
+def carried(roster: Roster, name: str) -> dict[str, nn.Parameter]:
+    """Return by key the embeddings' own weights that go into the file of adapter `name` too.
 
     As PEFT does: where the adapter sits on them, and where the vocabulary was resized.
     """
-    for path, host, _ in roster.adapters(name):
-        if path.rpartition(".")[2] in CARRIED and "base_layer.weight" not in _keys(host, name):
-            yield f"{PREFIX}{path}.base_layer.weight", host.base_layer
-    if is_resized(roster.model):
-        layers = {id(plain(m)) for m in embeddings(roster.model)}
-        held = {path for path, _, _ in roster.adapters(name)}
-        for path, module in roster.model.named_modules():
-            if id(module) in layers and path.removesuffix(".base_layer") not in held:
-                yield f"{PREFIX}{path.removesuffix('.base_layer')}.weight", module
+    resized = is_resized(roster.model)
+    held = {path for path, _, _ in roster.adapters(name)}
+    found = {}
+    for path, weight in embeddings(roster.model).items():
+        if path in held and path.rpartition(".")[2] in CARRIED:
+            found[f"{PREFIX}{path}.base_layer.weight"] = weight
+        elif path not in held and resized:
+            found[f"{PREFIX}{path}.weight"] = weight
+    # a copy in the embedding's place has the name already, and stands for it
+    return {
+        k: w for k, w in found.items() if k.replace(".base_layer", "") not in slots(roster, name)
+    }
 
 
-def embeddings(model: nn.Module) -> list[nn.Module]:
-    """Return the input and output embeddings of a transformers model, those there are."""
+def embeddings(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return by module path the weights of a transformers model's input and output embeddings.
+
+    They are the base's own, also where adapters are merged into them.
+    """
     getters = ("get_input_embeddings", "get_output_embeddings")
-    found = [getattr(model, getter)() for getter in getters if hasattr(model, getter)]
-    return [module for module in found if module is not None]
+    given = [getattr(model, getter)() for getter in getters if hasattr(model, getter)]
+    layers = {id(plain(module)) for module in given if module is not None}
+    found: dict[str, nn.Parameter] = {}
+    for path, module in modules(model):
+        if id(plain(module)) in layers:
+            weight = own_parameters(module).get("weight")
+            if weight is not None:
+                found[path] = weight
+    return found
 
 
 def is_resized(model: nn.Module) -> bool:
@@ -128,7 +141,3 @@ def listed(names: list[str]) -> str:
     """Return the names, the first LISTED of them where there are more."""
     more = len(names) - LISTED
     return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _keys(host: Inlaid, name: str) -> set[str]:
-    return set(host.adapters[name].keys(host.base))  # type: ignore[arg-type, operator]

@@ -50,7 +50,7 @@ def load_base(
     where = _device(device)
     from transformers import AutoConfig
 
-    given = {"revision": revision, "trust_remote_code": trust_remote_code}
+    given: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _explained(name), _quiet(name == TINY):
         config = AutoConfig.from_pretrained(source, **given)
         model = _auto(config, task_type).from_pretrained(
@@ -138,7 +138,7 @@ def _auto(config: Any, task_type: str | None) -> Any:
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype or "auto"
-    known = {
+    known: dict[str, torch.dtype | str] = {
         "auto": "auto",
         "float32": torch.float32,
         "bfloat16": torch.bfloat16,
