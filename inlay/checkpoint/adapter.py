@@ -115,7 +115,8 @@ def load_adapter(
         ours = files.read_json(folder / files.OURS)
         files.check_digest(folder, ours)
         if check_base and "base" in ours:
-            check_same_base(roster.model, ours["base"], folder / files.OURS)
+            replaced = settings.modules_to_save or ()
+            check_same_base(roster.model, ours["base"], folder / files.OURS, replaced=replaced)
     return add_with_tensors(roster, name, settings, shapes, path, trainable=trainable)
 
 

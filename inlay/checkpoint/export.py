@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,12 @@ def export_model(
             n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()
         }
     with whole_folder(folder) as partial:
-        kept = model.config.dtype
-        try:
-            if dtype is not None:
-                model.config.dtype = dtype
-            model.save_pretrained(partial, state_dict=weights)
-        finally:
-            model.config.dtype = kept
+        model.save_pretrained(partial, state_dict=weights)
+        if dtype is not None:
+            # save_pretrained notes the dtype that the model has in memory
+            told = json.loads((partial / "config.json").read_text("utf-8"))
+            told["dtype"] = str(dtype).removeprefix("torch.")
+            (partial / "config.json").write_text(json.dumps(told, indent=2) + "\n", "utf-8")
         if tokenizer is not None:
             written = tokenizer
             if chat_template is not None and chat_template != tokenizer.chat_template:

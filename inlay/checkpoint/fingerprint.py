@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -67,13 +67,20 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def check_same_base(model: nn.Module, saved: Any, where: Any) -> None:
-    """Raise UserError where the fingerprint `saved`, from an adapter folder, is of another base."""
+def check_same_base(
+    model: nn.Module, saved: Any, where: Any, *, replaced: Sequence[str] = ()
+) -> None:
+    """Raise UserError where the fingerprint `saved`, from an adapter folder, is of another base.
+
+    replaced: names of modules that the adapter brings a copy of; what the base has there is no
+    matter (a new head is random each time).
+    """
     try:
         architecture, config = saved["architecture"], saved["config"]
         samples = {
             str(name): {"shape": list(told["shape"]), "values": [float(v) for v in told["values"]]}
             for name, told in saved["weights"]["samples"].items()
+            if not any(f".{part}." in f".{name}" for part in replaced)
         }
     except (TypeError, KeyError, AttributeError, ValueError):
         raise UserError(

@@ -1,0 +1,79 @@
+"""A folder is enough: the base that its settings name is loaded, and the adapter into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForPreTraining
+
+import inlay
+from inlay import LoraConfig, UserError, get_peft_model
+
+IDS = torch.arange(5, 15)[None]
+HEADS = {
+    "SEQ_CLS": inlay.AutoPeftModelForSequenceClassification,
+    "TOKEN_CLS": inlay.AutoPeftModelForTokenClassification,
+    "QUESTION_ANS": inlay.AutoPeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": inlay.AutoPeftModelForFeatureExtraction,
+    "CAUSAL_LM": inlay.AutoPeftModelForCausalLM,
+    None: inlay.AutoPeftModel,
+}
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_a_folder_loads_with_its_base_and_its_head(task: str | None, tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+    model = BertForPreTraining(BertConfig(num_attention_heads=2, is_decoder=True, **small))
+    model.save_pretrained(tmp_path / "base")
+    base, _ = inlay.load_base(tmp_path / "base", task_type=task)
+    config = LoraConfig(r=4, target_modules=["query"], task_type=task, init_lora_weights=False)
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    again = HEADS[task].from_pretrained(tmp_path / "adapter")
+    assert type(again) is type(model)
+    torch.testing.assert_close(again(IDS)[0], model(IDS)[0], rtol=0, atol=0)
+    assert isinstance(inlay.PeftConfig.from_pretrained(tmp_path / "adapter"), LoraConfig)
+
+
+def test_a_sequence_to_sequence_base(tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    small = {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "vocab_size": 32,
+    }
+    T5ForConditionalGeneration(T5Config(**small)).save_pretrained(tmp_path / "t5")
+    base, _ = inlay.load_base(tmp_path / "t5")
+    get_peft_model(base, LoraConfig(task_type="SEQ_2_SEQ_LM")).save_pretrained(tmp_path / "a")
+    again = inlay.AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "a", is_trainable=True)
+    assert isinstance(again, inlay.PeftModelForSeq2SeqLM)
+    assert again.get_nb_trainable_parameters()[0] > 0
+
+
+def test_tokens_added_for_training_are_there_again(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    base, tokenizer = inlay.load_base()
+    tokenizer.add_tokens(["<new>"])
+    base.resize_token_embeddings(len(tokenizer))
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path, tokenizer=tokenizer)
+    again = inlay.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([[5, len(tokenizer) - 1]])
+    torch.testing.assert_close(
+        again.get_input_embeddings()(ids), model.get_input_embeddings()(ids), rtol=0, atol=0
+    )
+
+
+def test_a_folder_that_does_not_name_its_base_says_what_to_do(tiny_llama, tmp_path) -> None:
+    get_peft_model(tiny_llama(), LoraConfig()).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="does not name its base"):
+        inlay.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="from_pretrained"):
+        inlay.AutoPeftModel()
