@@ -37,6 +37,10 @@ def main(words: Sequence[str] | None = None) -> int:
         # who read us has gone (`inlay info | head`); nothing more may be written, not even at exit
         sys.stdout = None
         return 0
+    except OSError as error:
+        # of the machine, not of the program: a folder that refuses, a network that is away
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(words, error, 2, f"{where}{error.strerror or error}")
     except Exception as error:
         text = f"{type(error).__name__}: {error}\nThis is a mistake of inlay, not of yours"
         return _failed(words, error, 1, text)

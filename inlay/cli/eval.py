@@ -10,7 +10,6 @@ Without --data the rows are those that the run held out.
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
 from typing import Any
 
 from inlay.core.errors import UserError
@@ -34,9 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
     from inlay.run.folder import Run
     from inlay.run.opening import kind_of, open_trained
 
-    is_run = kind_of(arguments.source) == "run"
-    config = Run.open(arguments.source).config if is_run else RunConfig()
-    data = rows_to_measure(config, arguments.data)
+    kind = kind_of(arguments.source)
+    config = Run.open(arguments.source).config if kind == "run" else RunConfig()
+    data = rows_to_measure(config, arguments.data) if kind in ("run", "adapter") else None
     model, tokenizer = open_trained(arguments.source, arguments.base_model)
     found = measure(model, tokenizer, config, data, arguments)
     show(found, config.evaluate.shown, as_json=arguments.json)
@@ -83,8 +82,7 @@ def measure(
     if hasattr(model, "disable_adapter"):
         with model.disable_adapter():
             found["base"] = side()
-    with nullcontext():
-        found["adapter"] = side()
+    found["adapter"] = side()
     return found
 
 

@@ -36,7 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already; remove it or give another folder")
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of the shards it writes
     model, tokenizer = open_trained(arguments.source, arguments.base_model)
     plain = model.merge_and_unload(safe_merge=True) if hasattr(model, "roster") else model
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -82,19 +81,8 @@ def stop_asked() -> Iterator[None]:
 
 
 def _help() -> str:
-    from inlay.config.dump import in_line
-    from inlay.config.schema import all_keys
+    from inlay.config.reference import to_text
 
-    summary = (__doc__ or "").rstrip()
-    lines = [USAGE, "", summary, "", "options:"]
+    lines = [USAGE, "", (__doc__ or "").rstrip(), "", "options:"]
     lines += [f"  --{name}\n      {text}" for name, text in OPTIONS.items()]
-    block = None
-    for key in sorted(all_keys().values(), key=lambda key: "." in key.name):
-        if not key.shown:
-            continue
-        if key.block != block:
-            block = key.block
-            lines += ["", f"{block}:" if block else "base and run folder:"]
-        lines.append(f"  --{key.name} {in_line(key.default)}")
-        lines += textwrap.wrap(key.doc, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n" + to_text()

@@ -147,16 +147,23 @@ def _placed(name: str, value: Any, given: Given) -> Any:
         return [_placed(name, part, given) for part in value]
     there = given.folder / Path(value).expanduser()
     # a hub id looks like a path; where there is no such file it is taken for one
-    is_file = name.startswith("data.") and "path" in name and Path(value).suffix
-    return str(there) if is_file or _exists(there) else value
+    return str(there) if _is_data_file(value) or _exists(there) else value
 
 
 def _everywhere(value: Any, *, always: bool) -> Any:
     if isinstance(value, list | tuple):
         return [_everywhere(part, always=always) for part in value]
-    if not value or not (always or _exists(Path(value).expanduser())):
+    if not value:
+        return value
+    if not (always or _is_data_file(value) or _exists(Path(value).expanduser())):
         return value
     return str(Path(value).expanduser().absolute())
+
+
+def _is_data_file(value: str) -> bool:
+    from inlay.data.read import READERS
+
+    return Path(value).suffix in READERS
 
 
 def _exists(path: Path) -> bool:

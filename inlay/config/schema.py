@@ -40,8 +40,8 @@ class EvaluateConfig:
                 )
 
 
-def _default_adapter() -> AdapterConfig:
-    return adapter_config("lora")(**METHOD_DEFAULTS["lora"])
+def _default_adapter() -> Any:
+    return adapter_config("lora")(**recipe_defaults("lora"))
 
 
 def _default_objective() -> Any:
@@ -129,12 +129,6 @@ BLOCKS = ("adapter", "data", "objective", "train", "evaluate")
 SHORT = {"adapter": "adapter.method", "data": "data.path", "objective": "objective.name"}
 """Block -> the key that a bare value in the block's place sets: `adapter: lora`, `--data FILE`."""
 
-METHOD_DEFAULTS: Mapping[str, dict[str, Any]] = {
-    "lora": {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-}
-"""Where a recipe's defaults are not those of the method's class, which are PEFT's: a recipe is for
-causal LMs, and LoRA on all linear layers matches full fine-tuning where q and v alone do not."""
-
 _PEFT_ONLY = {field.name for field in dataclasses.fields(AdapterConfig)} - {"task_type"}
 
 
@@ -143,6 +137,18 @@ def adapter_config(method: str) -> Any:
     from inlay.methods import method as find
 
     return find(method).config
+
+
+def recipe_defaults(method: str) -> dict[str, Any]:
+    """Return the defaults of a recipe that are not those of the method's class, which are PEFT's.
+
+    A recipe is for causal LMs; and an adapter on all linear layers comes close to full fine-tuning,
+    one on q and v alone does not (Dettmers et al., arXiv:2305.14314, section 4).
+    """
+    from inlay.methods import method as find
+
+    found = {"task_type": "CAUSAL_LM"}
+    return found if find(method).adapter is None else found | {"target_modules": "all-linear"}
 
 
 def objective_class(name: str) -> Any:
@@ -173,7 +179,7 @@ def keys(method: str = "lora", objective: str = "sft") -> dict[str, Key]:
             found["adapter.method"] = Key(
                 "adapter.method", str, "lora", "The method; one of " + _methods()
             )
-            found |= _fields(adapter_config(method), "adapter", METHOD_DEFAULTS.get(method, {}))
+            found |= _fields(adapter_config(method), "adapter", recipe_defaults(method))
         elif name == "objective":
             found["objective.name"] = Key(
                 "objective.name", str, "sft", "What is minimized; one of " + _objectives()

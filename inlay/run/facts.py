@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from inlay.config.dump import in_line
 from inlay.config.resolve import DEFAULT, Resolved
-from inlay.config.schema import objective_name
+from inlay.config.schema import flatten, keys, objective_name
 from inlay.data.dataset import Prepared
 from inlay.train.distributed import world
 from inlay.train.order import Order
@@ -29,7 +28,7 @@ def facts(resolved: Resolved, model: Any, data: Prepared, precision: Any) -> dic
 def settings(resolved: Resolved) -> list[str]:
     """Return one line an origin: what it set; of a recipe the file without its lines."""
     by_origin: dict[str, list[str]] = {}
-    values: Mapping[str, Any] = resolved.values
+    values = flatten(resolved.config)
     for name, origin in resolved.origins.items():
         if origin != DEFAULT:
             place = origin.rpartition(":")[0] or origin
@@ -56,9 +55,12 @@ def adapter(resolved: Resolved, model: Any) -> list[str]:
         return [f"{str(config.method).lower()}: {share}"]
     ends = sorted({path.rpartition(".")[2] for path in model.roster.hosts})
     layers = f"in {len(model.roster.hosts)} layers ({', '.join(ends)})"
-    own = {name: getattr(config, name) for name in ("r", "lora_alpha") if hasattr(config, name)}
-    told = ", ".join(f"{name} {value:g}" for name, value in own.items())
-    return [f"{str(config.method).lower()} {layers}{'; ' if told else ''}{told}", share]
+    told = [
+        f"{key.last} {getattr(config, key.last):g}"
+        for key in keys(str(config.method).lower()).values()
+        if key.block == "adapter" and key.shown and key.type in (int, float)
+    ]
+    return [f"{str(config.method).lower()} {layers}; {', '.join(told)}", share]
 
 
 def training(resolved: Resolved, data: Prepared, precision: Any) -> list[str]:

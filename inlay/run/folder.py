@@ -20,6 +20,7 @@ from inlay.config.recipe import read_recipe
 from inlay.config.resolve import Resolved, resolve
 from inlay.config.schema import RunConfig
 from inlay.core.errors import UserError
+from inlay.methods import method_of
 from inlay.train.events import Event, read_events
 from inlay.train.progress import Outcome
 
@@ -77,7 +78,7 @@ class Run:
     @property
     def is_full(self) -> bool:
         """Whether the base itself was trained."""
-        return str(self.config.adapter.method) == "FULL"
+        return method_of(self.config.adapter).adapter is None
 
     @property
     def adapter(self) -> Path:

@@ -44,7 +44,9 @@ def open_trained(place: str, base_model: str | None = None, **arguments: Any) ->
         return open_adapters({"default": str(run.adapter)}, base_model, **arguments)
     if kind == "adapter":
         return open_adapters({"default": place}, base_model, **arguments)
-    raise UserError(f"{place} is no run and no adapter{_also(kind)}")
+    raise UserError(
+        f"{place} is no run (config.yaml) and no adapter (adapter_config.json){_also(kind)}"
+    )
 
 
 def open_adapters(

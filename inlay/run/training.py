@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from inlay.checkpoint.atomic import remove_folder, write_text
+from inlay.checkpoint.atomic import disk_errors, remove_folder, write_text
 from inlay.checkpoint.export import export_model
 from inlay.config.dump import to_yaml
 from inlay.config.resolve import Resolved, resolve_python
@@ -100,7 +100,8 @@ class _Job:
             raise UserError(f"base_model {config.base_model!r} has no tokenizer beside it")
         self.model = adapted(base, config)
         self.objective = replace(config.objective, packing=config.train.packing)
-        self.data: Prepared = prepare(config.data, self.tokenizer, run.folder / LEDGER)
+        with disk_errors(run.folder):
+            self.data: Prepared = prepare(config.data, self.tokenizer, run.folder / LEDGER)
         self.precision = choose(config.train.precision, self.model)
         report.facts(facts(resolved, self.model, self.data, self.precision))
 

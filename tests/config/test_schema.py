@@ -1,0 +1,36 @@
+"""The keys of a recipe, frozen: a change here is a change for every user."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+from inlay.config.reference import to_markdown
+from inlay.config.schema import EvaluateConfig, RunConfig
+
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+def test_the_blocks_have_these_names():
+    names = """base_model revision trust_remote_code dtype device quantize adapter data objective
+        train evaluate output_dir"""
+    assert {field.name for field in dataclasses.fields(RunConfig)} == set(names.split())
+    assert {f.name for f in dataclasses.fields(EvaluateConfig)} == {
+        "answers",
+        "max_new_tokens",
+        "shown",
+    }
+
+
+def test_the_page_of_all_keys_is_the_one_the_schema_writes():
+    page = PAGE.read_text(encoding="utf-8")
+    assert to_markdown() in page, (
+        "python -c 'from inlay.config.reference import *; print(to_markdown())'"
+    )
+
+
+def test_the_schema_itself_needs_no_torch():
+    code = "import sys, inlay.config.schema; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
