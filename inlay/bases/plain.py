@@ -6,7 +6,7 @@ O output features, I input features, R rank, k kernel size.
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from inlay.core.base import Layer, store
-from inlay.core.errors import UserError
+
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes in which a weight is what it says; narrower floats come with scales kept elsewhere."""
 
 
 class Linear(Layer):
@@ -26,7 +28,7 @@ class Linear(Layer):
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
         """Return whether `module` is a linear that holds its weight as [out, in] floats."""
-        return isinstance(module, nn.Linear) and module.weight.is_floating_point()
+        return isinstance(module, nn.Linear) and module.weight.dtype in PLAIN
 
     @property
     def shape(self) -> tuple[int, int]:  # type: ignore[override]
@@ -91,18 +93,8 @@ class Conv(Layer):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Return whether `module` is a convolution (not a transposed one)."""
-        return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-
-    def __init__(self, module: nn.Module) -> None:
-        """View `module`; raises UserError for a grouped convolution."""
-        super().__init__(module)
-        if self.module.groups != 1:
-            # with groups W holds only the block diagonal, so a low-rank update over all channels could not merge
-            raise UserError(
-                f"{type(module).__name__} with groups={self.module.groups} cannot be adapted: an update across groups "
-                "has no place in its weight; leave it out with exclude_modules"
-            )
+        """Return whether `module` is a convolution, not transposed and in one group."""
+        return _is_conv(module) and module.groups == 1 and module.weight.dtype in PLAIN
 
     @property
     def shape(self) -> tuple[int, int]:  # type: ignore[override]
@@ -117,7 +109,7 @@ class Conv(Layer):
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the convolution with this weight; stride, padding, its mode and dilation are the layer's."""
         kernel = weight.reshape(-1, *self.module.weight.shape[1:])
-        return self.module._conv_forward(x, kernel, bias)
+        return cast(Tensor, self.module._conv_forward(x, kernel, bias))
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         """Return the convolution with A [R, I]: R channels at the output's resolution."""
@@ -125,10 +117,13 @@ class Conv(Layer):
 
     def up(self, h: Tensor, b: Tensor) -> Tensor:
         """Return B on the channels of h, position by position."""
-        return torch.einsum("or,br...->bo...", b, h)
+        channels = (
+            1 - self.module.weight.ndim
+        )  # counted from the end, for an input may come without a batch
+        return F.linear(h.movedim(channels, -1), b).movedim(-1, channels)
 
     def spread(self, vector: Tensor) -> Tensor:
-        """Return `vector` [O] as [O, 1, 1...], to meet channels in second place."""
+        """Return `vector` [O] as [O, 1, 1...], to meet channels before the places."""
         return vector.reshape(-1, *[1] * (self.module.weight.ndim - 2))
 
     def file_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -142,24 +137,18 @@ class Conv(Layer):
 
 
 class Embedding(Layer):
-    """`nn.Embedding`: column id of W [dim, vocab]; what a subclass does besides (a scale) is kept."""
+    """`nn.Embedding`: column id of W [dim, vocab]; what a subclass does besides (a scale) is kept.
+
+    The padding id gives no gradient to its column, here as in torch: a factor A that starts from zero stays zero there.
+    """
 
     kind = "embedding"
     module: nn.Embedding
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Return whether `module` is an embedding with a float weight."""
-        return isinstance(module, nn.Embedding) and module.weight.is_floating_point()
-
-    def __init__(self, module: nn.Module) -> None:
-        """View `module`; raises UserError where it renormalizes its own weight."""
-        super().__init__(module)
-        if self.module.max_norm is not None:
-            raise UserError(
-                f"an embedding with max_norm={self.module.max_norm} rewrites its weight as it runs and cannot be "
-                "adapted; leave it out with exclude_modules"
-            )
+        """Return whether `module` is an embedding of plain floats that leaves its own weight alone."""
+        return _is_embedding(module) and module.max_norm is None and module.weight.dtype in PLAIN
 
     @property
     def shape(self) -> tuple[int, int]:  # type: ignore[override]
@@ -225,11 +214,13 @@ class Norm(Layer):
         """Refuse: a norm multiplies by a vector, so there is nothing of low rank in it."""
         raise TypeError(f"{type(self.module).__name__} is a norm: it has no matrix to factor")
 
-    up = down
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        """Refuse, as `down` does."""
+        return self.down(h, b)
 
     def spread(self, vector: Tensor) -> Tensor:
-        """Return `vector` [O], as [O, 1...] where the channels stand in second place (GroupNorm)."""
-        return vector
+        """Refuse: the axis the features run along is the norm's own (the last, or the second in a GroupNorm)."""
+        raise TypeError(f"{type(self.module).__name__} is a norm: use apply")
 
     def store(self, weight: Tensor, bias: Tensor | None) -> None:
         """Put weight [O] and bias [O] in place."""
@@ -248,27 +239,56 @@ class Opaque(Layer):
         return True
 
     @property
+    def reason(self) -> str:
+        """Why a layer of a known kind stands here."""
+        module = self.module
+        if _is_conv(module) and module.groups != 1:
+            # W holds only the block diagonal, so a low-rank update over all channels could not merge
+            return (
+                f"with groups={module.groups}, an update across groups has no place in its weight"
+            )
+        if _is_embedding(module) and module.max_norm is not None:
+            return f"with max_norm={module.max_norm}, it rewrites its weight as it runs"
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dtype not in PLAIN:
+            return f"its weight is packed as {weight.dtype}".replace("torch.", "")
+        return ""
+
+    def _none(self) -> TypeError:
+        return TypeError(f"{type(self.module).__name__} has no single weight")
+
+    @property
     def shape(self) -> tuple[int, int]:  # type: ignore[override]
         """Raise TypeError: there is no one weight."""
-        raise TypeError(f"{type(self.module).__name__} has no single weight")
+        raise self._none()
 
     def weight(self) -> Tensor:
         """Raise TypeError: there is no one weight."""
-        raise TypeError(f"{type(self.module).__name__} has no single weight")
+        raise self._none()
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Raise TypeError: there is no one weight."""
-        raise TypeError(f"{type(self.module).__name__} has no single weight")
+        raise self._none()
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         """Raise TypeError: there is no one weight."""
-        raise TypeError(f"{type(self.module).__name__} has no single weight")
+        raise self._none()
 
-    up = down
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        """Raise TypeError: there is no one weight."""
+        raise self._none()
 
     def store(self, weight: Tensor, bias: Tensor | None) -> None:
         """Raise TypeError: there is no one weight."""
-        raise TypeError(f"{type(self.module).__name__} has no single weight")
+        raise self._none()
+
+
+def _is_conv(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Conv3d]:
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def _is_embedding(module: nn.Module) -> TypeGuard[nn.Embedding]:
+    return isinstance(module, nn.Embedding)
 
 
 LAYERS: tuple[type[Layer], ...] = (Linear, Conv1D, Conv, Embedding, Norm, Opaque)

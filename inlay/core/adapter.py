@@ -14,12 +14,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from inlay.core.base import Base, Kind
+from inlay.core.base import Base, Kind, Layer, bare_copy
 from inlay.core.config import AdapterConfig
 
 
@@ -28,6 +29,8 @@ class Adapter(nn.Module, ABC):
 
     on: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv", "embedding", "norm", "module"})
     """The kinds of layer this method's mathematics holds for."""
+    placed: ClassVar[int] = 0
+    """How many parameters were ever put into adapters: who keeps a list of them sees here that it may be old."""
 
     def __init__(
         self, config: AdapterConfig, base: Base, *, device: torch.device | None = None
@@ -35,11 +38,28 @@ class Adapter(nn.Module, ABC):
         """Make the parameters, uninitialized, on `device` (default: the base's)."""
         super().__init__()
         self.config = config
-        self._like = {"device": device or base.device, "dtype": base.adapter_dtype}
+        self._device, self._dtype = device or base.device, base.adapter_dtype
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """Return an uninitialized parameter in the adapter's dtype and on its device."""
-        return nn.Parameter(torch.empty(*shape, **self._like))  # type: ignore[arg-type]
+        return nn.Parameter(torch.empty(shape, device=self._device, dtype=self._dtype))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set as any module does; counted where it is a parameter."""
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter):
+            Adapter.placed += 1
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register as any module does; counted."""
+        super().register_parameter(name, param)
+        Adapter.placed += 1
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Convert as any module does (`to`, `to_empty`); counted, for it may make new parameters."""
+        Adapter.placed += 1
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def reset(self, base: Base) -> None:
         """Initialize the parameters, so that the adapted layer computes what the base does."""
@@ -67,9 +87,17 @@ class Reweight(Adapter):
     def reweight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the adapted weight and bias, computed in the dtype of `weight`."""
 
+    def rebias(self, base: Base) -> Tensor | None:
+        """Return the adapted bias alone; a method that can say it without the weight says so here."""
+        return self.reweight(base.weight(), base.bias())[1]
+
     def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the layer's operator with the adapted weight: correct for all, cheap for some."""
-        assert not args and not kwargs
+        if args or kwargs:
+            raise TypeError(
+                f"{type(base.module).__name__} is called with more than its input, which {type(self).__name__} "
+                "cannot pass on"
+            )
         return base.apply(x, *self.reweight(base.weight(), base.bias()))
 
 
@@ -107,7 +135,12 @@ class Delta(Reweight):
 
     def reweight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W + delta, and the trained bias where there is one."""
-        return weight + self.delta(weight.dtype), bias if self.bias is None else self.bias
+        own = bias if self.bias is None else self.bias.to(weight.dtype)
+        return weight + self.delta(weight.dtype), own
+
+    def rebias(self, base: Base) -> Tensor | None:
+        """Return the trained bias, or the one below."""
+        return base.bias() if self.bias is None else self.bias
 
     def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return base(x) plus the update's share, in the dtype of base(x)."""
@@ -147,8 +180,15 @@ class Bias(Reweight):
         del bias
         return weight, self.bias.to(weight.dtype)
 
+    def rebias(self, base: Base) -> Tensor | None:
+        """Return the trained bias."""
+        del base
+        return self.bias
+
     def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return base(x) with the bias exchanged."""
+        if base.kind == "norm":  # which axis of its output the bias runs along, only the norm knows
+            return super().forward(base, x, *args, **kwargs)
         out = base(x, *args, **kwargs)
         return (out + base.spread(self.bias - base.bias())).to(out.dtype)  # type: ignore[operator]
 
@@ -157,33 +197,70 @@ class Wrap(Adapter):
     """An adapter that no weight can say; merging refuses it by name."""
 
 
-class Copy(Adapter):
-    """A trained copy of the whole module in its place (`modules_to_save`); merging puts the copy there for good."""
+class Copy(Reweight):
+    """W, b -> the copy's own: a trained copy of the whole module in its place (`modules_to_save`).
+
+    Where the module is no layer with a weight, the copy still computes; merging then puts it there for good.
+    """
+
+    on: ClassVar[frozenset[Kind]] = Adapter.on
 
     def __init__(
         self, config: AdapterConfig, base: Base, *, device: torch.device | None = None
     ) -> None:
-        """Copy the module as it is now; it never shares memory with the base."""
+        """Copy the module as it is now, without adapters; it never shares memory with the base."""
         super().__init__(config, base, device=device)
-        self.module = copy.deepcopy(base.module)
+        assert isinstance(base, Layer)
+        self.module = bare_copy(base.module)
+        self._view = type(base)
         for parameter in self.module.parameters():
             # a copy of a half-precision head is trained, so it gets the adapters' precision
             if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
                 parameter.data = parameter.data.float()
 
-    def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return what the copy computes, in the dtype the caller works in."""
+    def reweight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the copy's weight and bias; TypeError where the module has no single weight."""
+        del bias
+        own = self._view(self.module)
+        below = own.bias()
+        return own.weight().to(weight.dtype), None if below is None else below.to(weight.dtype)
+
+    def rebias(self, base: Base) -> Tensor | None:
+        """Return the copy's bias."""
         del base
-        own = next((p.dtype for p in self.module.parameters()), None)
-        if isinstance(x, Tensor) and x.is_floating_point() and own not in (None, x.dtype):
-            out = self.module(x.to(own), *args, **kwargs)
-            return out.to(x.dtype) if isinstance(out, Tensor) else out
-        return self.module(x, *args, **kwargs)
+        return self._view(self.module).bias()
+
+    def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what the copy computes, in the dtype that the base would return."""
+        own = next((p.dtype for p in self.module.parameters()), base.dtype)
+        if own == base.dtype:
+            return self.module(x, *args, **kwargs)
+        out = self.module(*_floats((x, *args), own), **_floats(kwargs, own))
+        return _floats(out, x.dtype if _is_float(x) else base.dtype)
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return the module's own parameter names, as PEFT writes them; buffers do not train and stay out."""
         del base
         return {n: (f"module.{n}", tuple(p.shape)) for n, p in self.module.named_parameters()}
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _floats(value: Any, dtype: torch.dtype) -> Any:
+    """Return `value` with the floating tensors in it in `dtype`; what is no tensor, tuple, list or dict stays."""
+    if _is_float(value):
+        return value.to(dtype)
+    if type(value) in (tuple, list):
+        return type(value)(_floats(v, dtype) for v in value)
+    if isinstance(value, dict):
+        value = copy.copy(
+            value
+        )  # of its own class: what a model returns is often a dict with attributes
+        for key in value:
+            value[key] = _floats(value[key], dtype)
+    return value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,9 @@ O output features, I input features, R rank.  A weight is [O, I] whatever the la
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ Kind = Literal["linear", "conv", "embedding", "norm", "module"]
 class Base(ABC):
     """What an adapter may ask of the layer below it: a real layer, or a layer already adapted."""
 
-    kind: ClassVar[Kind] | Kind
+    kind: Kind
     module: nn.Module
     shape: tuple[int, int]
 
@@ -49,7 +50,7 @@ class Base(ABC):
 
     @abstractmethod
     def spread(self, vector: Tensor) -> Tensor:
-        """Return `vector` [O], shaped to broadcast over the layer's output."""
+        """Return `vector` [O], shaped to broadcast over the layer's output; TypeError where no shape always does."""
 
     def file_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes PEFT's files give A and B of rank r: matrices, but for a convolution."""
@@ -62,9 +63,14 @@ class Base(ABC):
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the layer's first parameter."""
+        return next((p.dtype for p in self.module.parameters()), torch.float32)
+
+    @property
     def adapter_dtype(self) -> torch.dtype:
         """The dtype an adapter's own parameters take here: the weight's, but never below float32."""
-        dtype = next((p.dtype for p in self.module.parameters()), torch.float32)
+        dtype = self.dtype
         # below float32, an update of lr * grad is often lost in the rounding of the parameter itself
         return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
@@ -80,6 +86,11 @@ class Layer(Base):
     @abstractmethod
     def accepts(cls, module: nn.Module) -> bool:
         """Return whether this class is the view of `module`."""
+
+    @property
+    def reason(self) -> str:
+        """Why this layer's weight cannot be adapted, where there is more to say than its kind."""
+        return ""
 
     @abstractmethod
     def store(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -100,6 +111,23 @@ class Layer(Base):
     def spread(self, vector: Tensor) -> Tensor:
         """Return `vector`: most layers put their features last."""
         return vector
+
+
+class Host(nn.Module):
+    """A module in a layer's place, with that layer inside it as `base_layer`."""
+
+    base_layer: nn.Module
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """Return a copy of `module` as it was before any adapter: hosts inside it give way to their layers."""
+    copies: dict[int, Any] = {}
+    for inner in reversed(
+        list(module.modules())
+    ):  # the deepest first, so that each finds its own inside
+        if isinstance(inner, Host):
+            copies[id(inner)] = copy.deepcopy(inner.base_layer, copies)
+    return copy.deepcopy(module, copies)
 
 
 def store(module: nn.Module, **tensors: Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.adapter import Adapter, Copy, Reweight
-from inlay.core.base import Base, Layer
+from inlay.core.base import Base, Host, Layer
 from inlay.core.errors import UserError
-from inlay.core.selection import BASE, Selection
+from inlay.core.selection import Selection
 
 
 class Adapted(Base):
@@ -26,20 +27,18 @@ class Adapted(Base):
         """Return what the adapter computes over what lies below."""
         return self.adapter(self.below, x, *args, **kwargs)
 
-    def reweighted(self) -> tuple[Tensor, Tensor | None]:
-        """Return the weight and bias the adapter makes of those below; TypeError where no weight says it."""
+    def _reweight(self) -> Reweight:
         if not isinstance(self.adapter, Reweight):
             raise TypeError(f"{type(self.adapter).__name__} cannot be said as a weight")
-        return self.adapter.reweight(self.below.weight(), self.below.bias())
+        return self.adapter
 
     def weight(self) -> Tensor:
-        """Return the adapted weight [O, I]."""
-        return self.reweighted()[0]
+        """Return the adapted weight [O, I]; TypeError where no weight can say it."""
+        return self._reweight().reweight(self.below.weight(), self.below.bias())[0]
 
     def bias(self) -> Tensor | None:
-        """Return the adapted bias [O], or None."""
-        own = getattr(self.adapter, "bias", None)
-        return own if isinstance(own, Tensor) else self.below.bias()
+        """Return the adapted bias [O], or None; TypeError where no weight can say the adapter."""
+        return self._reweight().rebias(self.below)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the operator of the layer at the bottom."""
@@ -62,7 +61,7 @@ class Adapted(Base):
         return self.below.file_shapes(r)
 
 
-class Inlaid(nn.Module):
+class Inlaid(Host):
     """A frozen layer and its adapters by name; `selection` says which of them compute."""
 
     def __init__(self, base: Layer, selection: Selection) -> None:
@@ -84,17 +83,28 @@ class Inlaid(nn.Module):
                 layer = Adapted(self.adapters[name], layer)  # type: ignore[arg-type]
         return layer
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the selected adapters compute over the base."""
+        if not args:
+            args, kwargs = self._positional(kwargs)
         chosen = self.selection
         if chosen.merged:
-            return self._merged(x, *args, **kwargs)
+            return self._merged(*args, **kwargs)
         if chosen.rows is not None:
-            return self._rowwise(x, *args, **kwargs)
+            return self._rowwise(*args, **kwargs)
         fast = self.fast.get(chosen.active)
         if fast is not None:
-            return fast(x, *args, **kwargs)
-        return self.stack(chosen.active)(x, *args, **kwargs)
+            return fast(*args, **kwargs)
+        return self.stack(chosen.active)(*args, **kwargs)
+
+    def _positional(self, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Take the base layer's first argument out of the keywords: model code may name it, an adapter calls it x."""
+        first = next(iter(inspect.signature(self.base_layer.forward).parameters), "")
+        if first not in kwargs:
+            raise TypeError(
+                f"{type(self.base_layer).__name__} was called without its input {first!r}"
+            )
+        return (kwargs[first],), {k: v for k, v in kwargs.items() if k != first}
 
     def _merged(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         last = self._last(self.selection.merged)
@@ -106,14 +116,20 @@ class Inlaid(nn.Module):
         found = [self.adapters[n] for n in names if n in self.adapters]
         return found[-1] if found else None  # type: ignore[return-value]
 
-    def _rowwise(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        groups = self.selection.groups(len(x), x.device)
-        if not any(name in self.adapters for name in groups):
+    def _rowwise(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        names = set(self.selection.rows or ())
+        if names.isdisjoint(self.adapters):
             return self.base_layer(x, *args, **kwargs)
+        if len(names) == 1:
+            return self.stack(tuple(names))(x, *args, **kwargs)
+        if not isinstance(x, Tensor) or args or kwargs:
+            raise UserError(
+                f"{type(self.base_layer).__name__} takes more than one tensor: only a layer of one input can serve "
+                "several adapters in a batch"
+            )
         out: Tensor | None = None
-        for name, index in groups.items():
-            layer = self.base if name == BASE else self.stack((name,))
-            part = layer(x.index_select(0, index), *args, **kwargs)
+        for name, index in self.selection.groups(len(x), x.device).items():
+            part = self.stack((name,))(x.index_select(0, index))
             if not isinstance(part, Tensor):
                 raise UserError(
                     f"{type(self.base_layer).__name__} returns {type(part).__name__}: only a layer that returns one "
@@ -160,6 +176,10 @@ class Inlaid(nn.Module):
         self.base_layer._parameters.update(self._kept)
         self._kept = None
 
+    def originals(self) -> dict[str, nn.Parameter | None]:
+        """Return the layer's own parameters by name, also while others are merged in their place."""
+        return dict(self.base_layer._parameters if self._kept is None else self._kept)
+
     def result(self, names: tuple[str, ...]) -> nn.Module:
         """Return the plain module that stands here once the named adapters are merged for good."""
         top = self._last(names)
@@ -173,7 +193,8 @@ class Inlaid(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            # a special method of the layer (__deepcopy__) would act on the layer and lose the host
+            if name == "base_layer" or name.startswith("__"):
                 raise
             return getattr(self.base_layer, name)
 

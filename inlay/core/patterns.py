@@ -1,12 +1,17 @@
-"""How a configuration names modules: exact paths, dotted suffixes, or regular expressions with a time limit.
+"""How a configuration names modules: paths, their dotted ends, or expressions with a time limit.
 
-One rule serves targets, exclusions, `modules_to_save` and the rank and alpha patterns. The expressions may come from a
-file someone else wrote, and `re` has no protection against one that backtracks forever: `regex` takes a timeout.
+One rule serves targets, exclusions, `modules_to_save` and the rank and alpha patterns. Expressions
+may come from a file someone else wrote, and `re` has no protection against one that backtracks
+forever: `regex` takes a timeout. Many that each stay below it are held by a budget over all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import math
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import TypeVar
 
@@ -16,42 +21,157 @@ from inlay.core.errors import UserError
 
 SECONDS = 0.5
 """Time one expression may take on one module path; honest ones need microseconds."""
+BUDGET = 2.0
+"""Time all expressions of one configuration may take on one model, in seconds."""
 LONGEST = 10_000
 """Characters an expression may have."""
+MOST_REPEATS = 1_000
+"""The product of an expression's counted repeats `{n}`: compiling unrolls them, and has no timeout."""
+MOST_EXPRESSIONS = 1_000
+"""Expressions one field may hold."""
+MOST_NAMES = 100_000
+"""Names one field may hold; looking one up does not depend on how many there are."""
 
 T = TypeVar("T")
 
+_left: ContextVar[list[float] | None] = ContextVar("_left", default=None)
+
+
+@contextlib.contextmanager
+def budget(seconds: float | None = None) -> Iterator[None]:
+    """Let all expressions in the `with` block take `seconds` together (default BUDGET).
+
+    Inside another budget nothing is added: the outer one holds.
+    """
+    if _left.get() is not None:
+        yield
+        return
+    token = _left.set([BUDGET if seconds is None else seconds])
+    try:
+        yield
+    finally:
+        _left.reset(token)
+
+
+def ends(path: str) -> Iterator[str]:
+    """Yield the path and its dotted ends: "a.b.c", "b.c", "c"."""
+    yield path
+    at = path.find(".")
+    while at >= 0:
+        yield path[at + 1 :]
+        at = path.find(".", at + 1)
+
 
 def names(entry: str, path: str) -> bool:
-    """Return whether `entry` is the module path or its dotted end: "q_proj" names "layers.0.attn.q_proj"."""
+    """Return whether `entry` is the module path or its dotted end."""
     return path == entry or path.endswith(f".{entry}")
 
 
-def matches(pattern: Sequence[str] | str | None, path: str) -> bool:
-    """Return whether a list of names, or one regular expression, picks the module path."""
+def matches(pattern: Collection[str] | str | None, path: str) -> bool:
+    """Return whether the names, or the one regular expression, pick the module path.
+
+    With many names give a set: each end of the path is then looked up once.
+    """
     if pattern is None:
         return False
     if isinstance(pattern, str):
         return fullmatch(pattern, path)
-    return any(names(entry, path) for entry in pattern)
+    return any(end in pattern for end in ends(path))
 
 
 def fullmatch(expression: str, path: str) -> bool:
-    """Return whether the regular expression matches the whole path; UserError where it is invalid or takes too long."""
-    try:
-        return compiled(expression).fullmatch(path, timeout=SECONDS) is not None
-    except TimeoutError:
-        raise UserError(
-            f"the pattern {expression[:80]!r} took more than {SECONDS} s on {path!r}: write it without nested repetition"
-        ) from None
+    """Return whether the expression matches the whole path.
+
+    UserError where it is no expression, or takes too long here or together with others.
+    """
+    return _timed("fullmatch", expression, path) is not None
+
+
+def layer(names: Sequence[str] | str | None, path: str) -> int | None:
+    """Return the number after one of the expressions `names` (default: the first number) in a path.
+
+    "model.layers.3.mlp.up" -> 3. None where there is none. A list at the very top of the model
+    counts where no deeper one does, as PEFT reads it.
+    """
+    if not names:
+        found = _timed("match", r"(?:.*?\.[^.]*|[^.]*)\.(?P<index>\d+)\.", path)
+        return int(found["index"]) if found else None
+    for name in [names] if isinstance(names, str) else names:
+        found = _timed("match", rf"(?:^|.*?\.){name}\.(?P<index>\d+)\.", path)
+        if found:
+            return int(found["index"])
+    return None
 
 
 def first(patterns: Mapping[str, T], path: str, otherwise: T) -> T:
-    """Return the value of the first pattern that matches the path's end (PEFT's rule for ranks and alphas)."""
-    for key, value in patterns.items():
+    """Return the value of the first key that matches the path's end (PEFT's rule for ranks).
+
+    A key of letters, digits, "_", "-" and dots is a name; any other is a regular expression.
+    """
+    order, expressions = _sorted(tuple(patterns))
+    hits = [order[end] for end in ends(path) if end in order]
+    before = min(hits, default=(len(patterns), ""))
+    for at, key in expressions:
+        if at > before[0]:
+            break
         if fullmatch(rf"(.*\.)?({key})", path):
-            return value
-    return otherwise
+            return patterns[key]
+    return patterns[before[1]] if hits else otherwise
+
+
+def unused(patterns: Mapping[str, T], paths: Collection[str]) -> list[str]:
+    """Return the keys that match the end of none of the paths."""
+    order, expressions = _sorted(tuple(patterns))
+    reached = {end for path in paths for end in ends(path)}
+    idle = [key for key in order if key not in reached]
+    for _, key in expressions:
+        if not any(fullmatch(rf"(.*\.)?({key})", path) for path in paths):
+            idle.append(key)
+    return idle
+
+
+def check_counts(field: str, keys: Sized) -> None:
+    """Raise UserError where a field holds more names than it may."""
+    if len(keys) > MOST_NAMES:
+        raise UserError(f"{field} holds {len(keys)} names; the limit is {MOST_NAMES}")
+
+
+@lru_cache(maxsize=64)
+def _sorted(keys: tuple[str, ...]) -> tuple[dict[str, tuple[int, str]], list[tuple[int, str]]]:
+    """Return the names' places in the order of `keys`, and the expressions with theirs."""
+    order: dict[str, tuple[int, str]] = {}
+    expressions: list[tuple[int, str]] = []
+    for at, key in enumerate(keys):
+        if regex.fullmatch(r"[\w.-]+", key):
+            order.setdefault(key, (at, key))
+        else:
+            expressions.append((at, key))
+    if len(expressions) > MOST_EXPRESSIONS:
+        raise UserError(
+            f"{len(expressions)} regular expressions for modules; the limit is {MOST_EXPRESSIONS}: "
+            "use plain names"
+        )
+    return order, expressions
+
+
+def _timed(how: str, expression: str, path: str) -> regex.Match[str] | None:
+    left = _left.get()
+    limit = SECONDS if left is None else min(SECONDS, left[0])
+    start = time.perf_counter()
+    try:
+        if limit <= 0:
+            raise TimeoutError
+        found: regex.Match[str] | None = getattr(compiled(expression), how)(path, timeout=limit)
+    except TimeoutError:
+        together = "" if limit == SECONDS else f", together with others more than {BUDGET} s,"
+        raise UserError(
+            f"the pattern {expression[:80]!r} took too long on {path!r} (over {limit:.2g} s"
+            f"{together}): write it without nested repetition, or use a list of names"
+        ) from None
+    finally:
+        if left is not None:
+            left[0] -= time.perf_counter() - start
+    return found
 
 
 @lru_cache(maxsize=512)
@@ -59,9 +179,20 @@ def compiled(expression: str) -> regex.Pattern[str]:
     """Return the compiled expression; UserError names what is wrong with it."""
     if len(expression) > LONGEST:
         raise UserError(
-            f"a module pattern of {len(expression)} characters is over the limit of {LONGEST}: use a list of names"
+            f"a module pattern of {len(expression)} characters is over the limit of {LONGEST}: "
+            "use a list of names"
+        )
+    counts = regex.findall(r"\d+", " ".join(regex.findall(r"\{[^{}]*\}", expression)))
+    if math.prod(max(1, int(n[:9])) for n in counts) > MOST_REPEATS:
+        raise UserError(
+            f"the counted repeats of {expression[:80]!r} come to more than {MOST_REPEATS} times: "
+            "use * or +"
         )
     try:
         return regex.compile(expression)
     except regex.error as error:
-        raise UserError(f"{expression!r} is not a regular expression: {error}") from None
+        raise UserError(f"{expression[:80]!r} is not a regular expression: {error}") from None
+    except (RecursionError, OverflowError, MemoryError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{expression[:80]!r} is not a usable regular expression: {type(error).__name__}"
+        ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,8 @@ class Selection:
             times, rest = divmod(batch, len(self._rows))
             if rest or not times:
                 raise UserError(
-                    f"adapter_names has {len(self._rows)} names, but the batch has {batch} rows; give one name a row"
+                    f"adapter_names has {len(self._rows)} names, but the batch has {batch} rows; give one name a row, "
+                    "and leave layers that are not fed row by row (position embeddings) out of target_modules"
                 )
             members: dict[str, list[int]] = {}
             for i, name in enumerate(self._rows):
@@ -103,13 +105,23 @@ class Selection:
         A layer recomputed in the backward pass must see the adapters it saw in the forward pass; without this, a switch
         in between gives wrong gradients with no message.
         """
-        return contextlib.nullcontext(), self._again(self._active, self._rows)
+        return contextlib.nullcontext(), _Again(self, self._active, self._rows)
 
-    @contextlib.contextmanager
-    def _again(self, active: tuple[str, ...], rows: tuple[str, ...] | None) -> Iterator[None]:
-        before = self._active, self._rows, self._groups
-        self._active, self._rows, self._groups = active, rows, {}
-        try:
-            yield
-        finally:
-            self._active, self._rows, self._groups = before
+
+class _Again:
+    """The selection as it was: a context that may be entered any number of times, as two backward passes do."""
+
+    def __init__(
+        self, selection: Selection, active: tuple[str, ...], rows: tuple[str, ...] | None
+    ) -> None:
+        self._selection, self._then = selection, (active, rows)
+        self._before: list[Any] = []
+
+    def __enter__(self) -> None:
+        chosen = self._selection
+        self._before.append((chosen._active, chosen._rows, chosen._groups))
+        (chosen._active, chosen._rows), chosen._groups = self._then, {}
+
+    def __exit__(self, *error: object) -> None:
+        chosen = self._selection
+        chosen._active, chosen._rows, chosen._groups = self._before.pop()

@@ -1,10 +1,10 @@
-"""The settings of every method that is set into chosen layers: which modules, and what trains beside them."""
+"""The settings of every method that is set into layers: which, and what trains beside them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from inlay.core import patterns
 from inlay.core.config import AdapterConfig, plain
@@ -18,31 +18,44 @@ class TargetedConfig(AdapterConfig):
     """PEFT's fields for choosing modules."""
 
     target_modules: list[str] | str | None = None
-    """Names or path ends of the modules to adapt, a regular expression over whole paths, "all-linear" for every linear
-    layer but the head, or nothing for the usual ones of the model's type."""
+    """Names or path ends of the modules to adapt, a regular expression over whole paths, "all-linear"
+    for every linear layer but the head, or nothing for the usual ones of the model's type."""
     exclude_modules: list[str] | str | None = None
     """Names or an expression of modules to leave out; wins over target_modules."""
     layers_to_transform: list[int] | int | None = None
     """Adapt only the layers with these indices."""
     layers_pattern: list[str] | str | None = None
-    """Name of the list of layers that layers_to_transform counts in, where the first numbered list is not the one."""
+    """Name of the list of layers that layers_to_transform counts in, where it is not the first
+    numbered list."""
     modules_to_save: list[str] | None = None
-    """Names of modules of which a full copy is trained and saved with the adapter (a classification head)."""
+    """Names of modules of which a full copy is trained and saved with the adapter (a head)."""
+
+    by_site: ClassVar[tuple[str, ...]] = ()
+    """Fields that map patterns of module paths to values."""
 
     def __post_init__(self) -> None:
-        """Bring sets and tuples of names into lists; refuse what is no name and combinations without a meaning."""
+        """Bring sets and tuples of names into lists; refuse what is no name or has no meaning."""
         super().__post_init__()
         for field in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             object.__setattr__(self, field, _listed(field, getattr(self, field)))
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            if self.target_modules != "all-linear":
-                raise UserError(
-                    "layers_to_transform goes with a list of target_modules or all-linear; "
-                    f"put the layer numbers into the expression {self.target_modules!r}"
-                )
+        for field in self.by_site:
+            value = getattr(self, field)
+            if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+                raise UserError(f"{field}={str(value)[:200]} must map module names to values")
+            patterns.check_counts(field, value)
+        object.__setattr__(self, "layers_to_transform", _numbers(self.layers_to_transform))
+        by_expression = (
+            isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
+        )
+        if self.layers_to_transform is not None and by_expression:
+            raise UserError(
+                "layers_to_transform goes with a list of target_modules or all-linear; "
+                f"put the layer numbers into the expression {self.target_modules!r}"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError(
-                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform to say which layers"
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform "
+                "to say which layers"
             )
 
     def pattern(self, by_pattern: Mapping[str, T], site: str, otherwise: T) -> T:
@@ -55,7 +68,19 @@ def _listed(field: str, value: Any) -> Any:
         return [value]
     if value is None or isinstance(value, str):
         return value
-    value = plain(value)
-    if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-        raise UserError(f"{field}={value!r} must be a list of module names")
-    return value
+    if isinstance(value, list | tuple | set | frozenset):
+        patterns.check_counts(field, value)
+    if not isinstance(plain(value), list) or not all(isinstance(v, str) and v for v in value):
+        raise UserError(f"{field}={str(value)[:200]} must be a list of module names")
+    return plain(value)
+
+
+def _numbers(value: Any) -> Any:
+    if value is None:
+        return None
+    many = list(value) if isinstance(value, list | tuple | set | frozenset | range) else [value]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in many):
+        raise UserError(
+            f"layers_to_transform={str(value)[:200]} must be a layer's number from 0, or a list"
+        )
+    return value if isinstance(value, int) else sorted(set(many))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from typing import Any, ClassVar, Literal, Self
@@ -15,6 +16,9 @@ from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
 from inlay.core.targeted import TargetedConfig
+
+MOST_RANK = 65_536
+"""Largest rank: beyond the width of any layer, a higher one only costs memory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,7 @@ class LoraConfig(TargetedConfig):
     ensure_weight_tying: bool = False
     """PEFT's switch for tied adapters on tied embeddings."""
 
+    by_site: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     not_yet: ClassVar[dict[str, str]] = dict.fromkeys(
         (
             "megatron_config megatron_core trainable_token_indices use_dora velora_config alora_invocation_tokens "
@@ -95,12 +100,14 @@ class LoraConfig(TargetedConfig):
     def __post_init__(self) -> None:
         """Refuse ranks, scales and switches that cannot be."""
         super().__post_init__()
-        for name, rank in {"r": self.r, **self.rank_pattern}.items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise UserError(f"{name}={rank!r} is no rank: give a whole number of at least 1")
-        if not 0 <= self.lora_dropout < 1:
+        for name, rank in (("r", self.r), *self.rank_pattern.items()):
+            if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MOST_RANK:
+                raise UserError(
+                    f"{name}={str(rank)[:80]} is no rank: give a whole number from 1 to {MOST_RANK}"
+                )
+        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1")
-        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+        for name, alpha in (("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()):
             if not isinstance(alpha, int | float) or not math.isfinite(alpha):
                 raise UserError(f"{name}={alpha!r} is no scale: give a finite number")
         if self.bias not in ("none", "all", "lora_only"):
@@ -114,8 +121,11 @@ class LoraConfig(TargetedConfig):
         """Return the settings at `site`, its own rank and alpha resolved."""
         if not (self.rank_pattern or self.alpha_pattern):
             return self
-        r = self.pattern(self.rank_pattern, site, self.r)
-        return self.replace(r=r, lora_alpha=self.pattern(self.alpha_pattern, site, self.lora_alpha))
+        here = copy.copy(self)  # its values were checked when the configuration was made
+        object.__setattr__(here, "r", self.pattern(self.rank_pattern, site, self.r))
+        alpha = self.pattern(self.alpha_pattern, site, self.lora_alpha)
+        object.__setattr__(here, "lora_alpha", alpha)
+        return here
 
     @property
     def scaling(self) -> float:

@@ -1,4 +1,4 @@
-"""All adapters of one model: which sites they hold, which are active, and what merging and removing them does.
+"""All adapters of one model: the sites they hold, which are active, merging and removing them.
 
 Everything here is written once for every method; the methods' files know nothing of it.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from inlay.bases import view
+from inlay.core import patterns
 from inlay.core.adapter import Adapter, Bias, Copy
 from inlay.core.errors import UserError, nearest
 from inlay.core.inlaid import Inlaid
@@ -20,15 +21,16 @@ from inlay.core.selection import BASE, Selection
 from inlay.core.targeted import TargetedConfig
 from inlay.methods import method_of
 from inlay.model import targets
-
-M = TypeVar("M", bound=nn.Module)
+from inlay.model.gradients import Gradients
+from inlay.model.places import Places, is_tied, spelled_out
 
 
 class Roster:
     """The adapters of `model` by name, and the hosts they sit in by module path.
 
-    configs: name -> the configuration as resolved for this model (the user's own object is never changed).
-    hosts: module path -> host; a module reachable by several paths has one host.
+    configs: name -> the configuration as resolved for this model (the user's own never changes).
+    hosts: module path -> host; a module reachable by several paths has one host, under the first.
+    trainable: the names whose parameters require gradients while they are selected.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,7 +40,8 @@ class Roster:
         self.configs: dict[str, TargetedConfig] = {}
         self.hosts: dict[str, Inlaid] = {}
         self.trainable: set[str] = set()
-        self._required_grad = {p: p.requires_grad for p in model.parameters()}
+        self._gradients = Gradients()
+        self._required_grad: dict[str, bool] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -56,48 +59,38 @@ class Roster:
         device: torch.device | None = None,
         trainable: bool = True,
     ) -> dict[str, Adapter]:
-        """Set a new adapter into the model and return it by site; on any error the model stays as it was.
+        """Set a new adapter into the model and return it by site; on any error nothing has changed.
 
-        A fresh one is initialized so that the model computes what it did; `device="meta"` leaves the parameters
-        without memory, for a loader to fill. The first adapter becomes active.
+        A fresh one is initialized so that the model computes what it did; `device="meta"` leaves
+        the parameters without memory, for a loader to fill. The first adapter becomes active.
         """
-        self._check_name(name)
-        if self.selection.merged:
-            raise UserError(
-                f"cannot add {name!r} while {list(self.selection.merged)} is merged: call unmerge_adapter() first"
-            )
+        self._check_new(name, config)
         method = method_of(config)
         if method.adapter is None:
             self._leave_trainable(name, config)
             return {}
-        if getattr(config, "bias", "none") != "none":
-            others = [n for n, c in self.configs.items() if getattr(c, "bias", "none") != "none"]
-            if others:
-                raise UserError(
-                    f"adapter {name!r} has bias={config.bias!r}, but {others[0]!r} trains biases already: "  # type: ignore[attr-defined]
-                    "only one adapter of a model can"
-                )
-        sites = targets.resolve(self.model, config, strict=strict)
-        found = dict(targets.modules(self.model))
-        made: dict[str, Adapter] = {}
-        kinds = {
-            **dict.fromkeys(sites.adapted, method.adapter),
-            **dict.fromkeys(sites.saved, Copy),
-            **dict.fromkeys(sites.biased, Bias),
-        }
-        hosts: dict[int, Inlaid] = {}
-        for path, kind in kinds.items():
-            plain = targets.plain(found[path])
-            if id(plain) in hosts:
-                continue  # the same module by another path
-            made[path] = self._make(kind, config, path, found[path], device)
-            hosts[id(plain)] = self._host(found[path])
-        self._install(found, hosts)
+        with patterns.budget():
+            sites = targets.resolve(self.model, config, strict=strict)
+            resolved = _resolved(config, sites, self.model)
+            places = Places(self.model)
+            kinds: dict[str, type[Adapter]] = {
+                **dict.fromkeys(sites.adapted, method.adapter),
+                **dict.fromkeys(sites.saved, Copy),
+                **dict.fromkeys(sites.biased, Bias),
+            }
+            made = {
+                path: self._make(kind, config, path, places.modules[path], device)
+                for path, kind in kinds.items()
+            }
+        if not self.configs:
+            self._freeze_base()
+            self.selection.active = (name,)
         for path, adapter in made.items():
-            host = hosts[id(targets.plain(found[path]))]
-            host.adapters[name] = adapter
-            self.hosts[path] = host
-        self._finish(name, config, sites, made, trainable=trainable)
+            self._host(places, path).adapters[name] = adapter
+        self.configs[name] = resolved
+        if trainable:
+            self.trainable.add(name)
+        self._gradients.start(name, list(made.values()), on=trainable and self._is_active(name))
         return made
 
     def _make(
@@ -108,110 +101,81 @@ class Roster:
         module: nn.Module,
         device: torch.device | None,
     ) -> Adapter:
+        if isinstance(module, Inlaid) and module.selection is not self.selection:
+            raise UserError(
+                f"{path!r} holds adapters of another wrapper of this model: add to that one, "
+                "or unload() it first"
+            )
         base = module.base if isinstance(module, Inlaid) else view(module)
         if base.kind not in kind.on:
-            allowed = ", ".join(sorted(kind.on))
+            why = f": {base.reason}" if base.reason else ""
             raise UserError(
-                f"{path!r} is a {type(targets.plain(module)).__name__}, to which {kind.__name__} cannot be set "
-                f"(it takes {allowed}): leave it out of target_modules"
+                f"{path!r} is a {type(targets.plain(module)).__name__}, to which {kind.__name__} "
+                f"cannot be set{why} (it takes {', '.join(sorted(kind.on))}); " + _way_out(kind)
             )
         adapter = kind(config.at(path), base, device=device)
         if device is None:
             adapter.reset(base)
         return adapter.train(module.training)
 
-    def _host(self, module: nn.Module) -> Inlaid:
-        return module if isinstance(module, Inlaid) else Inlaid(view(module), self.selection)
-
-    def _install(self, found: dict[str, nn.Module], hosts: dict[int, Inlaid]) -> None:
-        for path, module in found.items():
-            if not isinstance(module, Inlaid) and id(module) in hosts:
-                self._put(path, hosts[id(module)])
-
-    def _put(self, path: str, module: nn.Module) -> None:
-        parent: nn.Module = self.model
-        *above, name = path.split(".")
-        for step in above:
-            parent = targets.plain(getattr(parent, step))
-        setattr(parent, name, module)
-
-    def _finish(
-        self,
-        name: str,
-        config: TargetedConfig,
-        sites: targets.Sites,
-        made: dict[str, Adapter],
-        *,
-        trainable: bool,
-    ) -> None:
-        if not self.configs:
-            self._freeze_base()
-            self.selection.active = (name,)
-        resolved = config.replace(target_modules=_shortest(sites.adapted, config, self.model))
-        heads = targets.HEADS.get(config.task_type or "", [])
-        if heads or config.modules_to_save:
-            saved = dict.fromkeys([*(config.modules_to_save or ()), *heads])
-            resolved = resolved.replace(modules_to_save=list(saved))
-        self.configs[name] = resolved
-        if trainable:
-            self.trainable.add(name)
-        active = name in self.selection.active
-        for adapter in made.values():
-            adapter.requires_grad_(trainable and active)
+    def _host(self, places: Places, path: str) -> Inlaid:
+        module = places.modules[path]
+        if not isinstance(module, Inlaid):
+            module = Inlaid(view(module), self.selection)
+            places.put(path, module)
+        self.hosts[path] = module
+        return module
 
     def remove(self, name: str) -> None:
         """Take an adapter out; hosts left empty give their place back to the plain module."""
         self.check(name)
         if name in self.selection.merged:
             raise UserError(f"{name!r} is merged: call unmerge_adapter() before deleting it")
+        places = Places(self.model)
         for path, host in list(self.hosts.items()):
             if name in host.adapters:
                 del host.adapters[name]
                 if not len(host.adapters):
-                    self._replace(path, host, host.base_layer)
+                    places.put(path, host.base_layer)
+                    del self.hosts[path]
         del self.configs[name]
         self.trainable.discard(name)
+        self._gradients.forget(name)
         self.selection.active = tuple(n for n in self.selection.active if n != name)
         if not self.selection.active and self.configs:
             self.select((self.names[0],))
 
-    def _replace(self, path: str, host: Inlaid, module: nn.Module) -> None:
-        for other, found in list(targets.modules(self.model)):
-            if found is host:
-                self._put(other, module)
-        self.hosts.pop(path)
-
     # -- choosing
 
     def check(self, *names: str) -> None:
-        """Raise UserError where a name is not an adapter of this model."""
+        """Raise UserError where a name is not an adapter of this model, or is given twice."""
         for name in names:
             if name not in self.configs:
                 raise UserError(
-                    f"no adapter is called {name!r}; this model has {', '.join(self.names) or 'none'}."
-                    f"{nearest(name, self.names)}"
+                    f"no adapter is called {name!r}; this model has "
+                    f"{', '.join(self.names) or 'none'}.{nearest(str(name), self.names)}"
                 )
+        if len(set(names)) < len(names):
+            raise UserError(f"{list(names)} names an adapter twice")
 
     def select(self, names: Sequence[str], *, train: bool = True) -> None:
-        """Make `names` active, the first one closest to the base: one assignment.
+        """Make `names` active, the first one closest to the base: one assignment, no walk.
 
-        Only where adapters are in training does it also walk the hosts, so that those selected are the ones with
-        gradients (with `train` false, none).
+        Of adapters in training, those selected are then the ones whose parameters require gradients
+        (with `train` false, none). A backward pass still to come gives nothing to parameters that
+        no longer require it; `selection.using` switches without touching that.
         """
         chosen = tuple(names)
         self.check(*chosen)
         self.selection.active = chosen
-        if self.trainable:
-            self._grade(self.trainable.intersection(chosen) if train else set())
+        self._gradients.only(self.trainable.intersection(chosen) if train else ())
 
-    def _grade(self, training: set[str]) -> None:
-        for host in self.hosts.values():
-            for name, adapter in host.adapters.items():
-                adapter.requires_grad_(name in training)
+    def _is_active(self, name: str) -> bool:
+        return name in self.selection.active
 
     def row_names(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return `names` checked for routing: each an adapter of this model, or `__base__`."""
-        self.check(*(n for n in names if n != BASE))
+        self.check(*{n for n in names if n != BASE})
         return tuple(names)
 
     def adapters(self, name: str) -> Iterator[tuple[str, Inlaid, Adapter]]:
@@ -223,10 +187,10 @@ class Roster:
     # -- merging
 
     def merge(self, names: Sequence[str] | None = None, *, check: bool = False) -> None:
-        """Merge the named (default: active) adapters into the base, keeping the originals for `unmerge`.
+        """Merge the named (default: active) adapters into the base, keeping the originals.
 
-        Either every site is merged or none: with a method that cannot, or (with `check`) a value that is not finite,
-        what was merged before the error is put back. UserError names the site.
+        Either every site is merged or none: with a method that cannot, or (with `check`) a value
+        that is not finite, what was merged before the error is put back. UserError names the site.
         """
         chosen = tuple(self.selection.active if names is None else names)
         self.check(*chosen)
@@ -234,22 +198,21 @@ class Roster:
             raise UserError(
                 f"{list(self.selection.merged)} is merged already: call unmerge_adapter() first"
             )
+        if self.selection.rows is not None:
+            raise UserError("cannot merge while the rows of a batch have adapters of their own")
         if not chosen:
             raise UserError("there is no active adapter to merge: name one")
         try:
             for path, host in self.hosts.items():
-                self._merge_site(path, host, chosen, check=check)
+                try:
+                    host.merge(chosen, check=check)
+                except (TypeError, UserError) as error:
+                    raise UserError(f"{path}: {error}; nothing was merged") from None
         except BaseException:
             self.unmerge()
             raise
         self.selection.active = chosen
         self.selection.merged = chosen
-
-    def _merge_site(self, path: str, host: Inlaid, chosen: tuple[str, ...], *, check: bool) -> None:
-        try:
-            host.merge(chosen, check=check)
-        except (TypeError, UserError) as error:
-            raise UserError(f"{path}: {error}; nothing was merged") from None
 
     def unmerge(self) -> None:
         """Put every original weight back, bit for bit."""
@@ -258,30 +221,44 @@ class Roster:
         self.selection.merged = ()
 
     def take_out(self, *, merged: bool) -> nn.Module:
-        """Return the plain model without any host; with `merged`, what was merged stays in its weights."""
+        """Return the plain model without any host, its flags as they were before the first adapter.
+
+        With `merged`, what was merged stays in its weights; a head that the merge has parted from
+        the embedding it was tied to is then no longer called tied in the model's configuration.
+        """
         names = self.selection.merged if merged else ()
         if not merged:
             self.unmerge()
-        for path, host in list(self.hosts.items()):
-            self._replace(path, host, host.result(names))
-        self.configs.clear()
-        self.trainable.clear()
+        places = Places(self.model)
+        # from the inside out: a copy that takes a block's place must not get the block's layers
+        for path in sorted(self.hosts, key=lambda p: p.count("."), reverse=True):
+            places.put(path, self.hosts[path].result(names))
+        flags = self._required_grad or {}
+        for path, parameter in self.model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(flags.get(path, True))
+        settings: Any = getattr(self.model, "config", None)
+        if names and getattr(settings, "tie_word_embeddings", False) and not is_tied(self.model):
+            settings.tie_word_embeddings = False
+        self.configs, self.hosts, self.trainable = {}, {}, set()
+        self._gradients, self._required_grad = Gradients(), None
         self.selection.merged = ()
         self.selection.active = ()
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(self._required_grad.get(parameter, True))
         return self.model
 
     # -- the base
 
     def _freeze_base(self) -> None:
-        for parameter in self._required_grad:
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        if self._required_grad is None:
+            self._required_grad = {path: p.requires_grad for path, p in parameters.items()}
+        for parameter in parameters.values():
             parameter.requires_grad_(False)
 
     def _leave_trainable(self, name: str, config: TargetedConfig) -> None:
         if self.configs:
             raise UserError(
-                f"full fine-tuning {name!r} needs a model without adapters; it has {', '.join(self.names)}"
+                f"full fine-tuning {name!r} needs a model without adapters; it has "
+                f"{', '.join(self.names)}"
             )
         if config.target_modules is not None:
             sites = targets.resolve(self.model, config)
@@ -292,34 +269,50 @@ class Roster:
         self.configs[name] = config
         self.selection.active = (name,)
 
-    def _check_name(self, name: str) -> None:
+    def _check_new(self, name: str, config: TargetedConfig) -> None:
         if name in self.configs:
             raise UserError(
                 f"an adapter called {name!r} exists: delete it first, or take another name"
             )
-        if (
-            name == BASE
-            or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)
-            or hasattr(nn.ModuleDict, name)
-        ):
+        taken = name == BASE or hasattr(nn.ModuleDict(), str(name))
+        if taken or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", str(name)):
             raise UserError(
-                f"{name!r} cannot name an adapter: up to 64 letters, digits, '_' and '-', and no name Python's "
-                "dictionaries use"
+                f"{name!r} cannot name an adapter: up to 64 letters, digits, '_' and '-', and no "
+                "name Python's dictionaries use"
             )
+        if self.selection.merged:
+            raise UserError(
+                f"cannot add {name!r} while {list(self.selection.merged)} is merged: "
+                "call unmerge_adapter() first"
+            )
+        full = [n for n, c in self.configs.items() if method_of(c).adapter is None]
+        if full:
+            raise UserError(
+                f"cannot add {name!r} to a model whose own weights train ({full[0]!r}): "
+                "delete that first"
+            )
+        if getattr(config, "bias", "none") != "none":
+            others = [n for n, c in self.configs.items() if getattr(c, "bias", "none") != "none"]
+            if others:
+                raise UserError(
+                    f"adapter {name!r} has bias={config.bias!r}, but {others[0]!r} trains biases "  # type: ignore[attr-defined]
+                    "already: only one adapter of a model can"
+                )
 
 
-def _shortest(
-    sites: tuple[str, ...], config: TargetedConfig, model: nn.Module
-) -> list[str] | str | None:
-    """Return target_modules for the file: what the user named, but shorthands spelled out for other readers."""
+def _way_out(kind: type[Adapter]) -> str:
+    if kind is Bias:
+        return "say bias='lora_only', or 'none'"
+    return "leave it out of target_modules, or name it in exclude_modules"
+
+
+def _resolved(config: TargetedConfig, sites: targets.Sites, model: nn.Module) -> TargetedConfig:
+    """Return the configuration with what it leaves to the model filled in, as the file states it."""
     given = config.target_modules
-    if given is not None and not (isinstance(given, str) and given.lower() == targets.ALL_LINEAR):
-        return given
-    if not sites:
-        return given
-    ends = sorted({path.rsplit(".", 1)[-1] for path in sites})
-    meant = dict.fromkeys(sites)
-    reached = [
-        p for p, _ in targets.modules(model) if any(p == e or p.endswith(f".{e}") for e in ends)
-    ]
-    return ends if all(p in meant for p in reached) else sorted(sites)
+    changes: dict[str, Any] = {}
+    if sites.adapted and (given is None or targets.is_all_linear(given)):
+        changes["target_modules"] = spelled_out(sites.adapted, model)
+    heads = targets.HEADS.get(config.task_type or "", [])
+    if heads:
+        changes["modules_to_save"] = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
+    return config.replace(**changes) if changes else config

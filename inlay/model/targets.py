@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
-import regex
-from torch import nn
+from torch import Tensor, nn
 
 from inlay.core import patterns
 from inlay.core.errors import UserError, nearest
@@ -15,11 +15,16 @@ from inlay.core.targeted import TargetedConfig
 from inlay.model.defaults import HEADS, TARGETS, UNREACHABLE
 
 ALL_LINEAR = "all-linear"
+LISTED = 10
+"""Names an error lists before it only counts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sites:
-    """The module paths of one configuration: adapted, copied in full, and trained in their bias alone."""
+    """The module paths of one configuration: adapted, copied in full, and trained in their bias alone.
+
+    A module reachable by several paths stands under the first of them.
+    """
 
     adapted: tuple[str, ...]
     saved: tuple[str, ...]
@@ -27,14 +32,16 @@ class Sites:
 
 
 def modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, module) of the model as it was before any adapter: a host stands for the layer it hosts.
+    """Yield (path, module) of the model as it was before any adapter: a host stands for its layer.
 
     A module reachable by several paths is yielded under each: replacing it must replace all.
     """
-    for name, child in model.named_children():
+    for name, child in model._modules.items():  # named_children() leaves out a child's second name
+        if child is None:
+            continue
         path = f"{prefix}.{name}" if prefix else name
         yield path, child
-        yield from modules(child.base_layer if isinstance(child, Inlaid) else child, path)
+        yield from modules(plain(child), path)
 
 
 def plain(module: nn.Module) -> nn.Module:
@@ -45,34 +52,29 @@ def plain(module: nn.Module) -> nn.Module:
 def resolve(model: nn.Module, config: TargetedConfig, *, strict: bool = True) -> Sites:
     """Return the sites `config` means in `model`.
 
-    With `strict`, a name of target_modules or modules_to_save that matches no module is a UserError naming the nearest
-    ones; a configuration read from a file is not strict, since its tensors are checked instead. No site at all is
-    always an error.
+    With `strict`, a name of target_modules, exclude_modules or modules_to_save that matches no
+    module is a UserError naming the nearest; a configuration read from a file is not strict, since
+    its tensors are checked instead. No site at all is always an error, and so are expressions that
+    together take more than `patterns.BUDGET` seconds.
     """
     found = dict(modules(model))
-    saved = _saved(found, config, strict=strict)
     wanted = targets(model, config)
-    adapted = []
-    for path, module in found.items():
-        inside_saved = any(path == s or path.startswith(f"{s}.") for s in saved)
-        if inside_saved or not _wants(model, wanted, config, path, module):
-            continue
-        adapted.append(path)
-    if strict and not isinstance(wanted, str):
-        _all_used("target_modules", wanted, found)
+    if strict:
+        _all_used(config, wanted, found)
+    with patterns.budget():
+        saved = _saved(config, found)
+        adapted = _adapted(model, config, wanted, found, saved)
+        if strict and isinstance(config.exclude_modules, str):
+            _excludes_something(config.exclude_modules, found)
     if not adapted and (wanted or not saved):
         raise UserError(_nothing(wanted, config, found))
+    if strict:
+        with patterns.budget():
+            _all_applied(config, found, adapted)
     for path in adapted:
         _reachable(found, path)
-    biased: tuple[str, ...] = ()
-    if getattr(config, "bias", "none") == "all":
-        skip = {*adapted, *saved}
-        biased = tuple(
-            p
-            for p, m in found.items()
-            if p not in skip and getattr(plain(m), "bias", None) is not None
-        )
-    return Sites(tuple(adapted), tuple(saved), biased)
+    biased = _biased(found, {*adapted, *saved}) if trains_all_biases(config) else ()
+    return Sites(_once(adapted, found), _once(saved, found), _once(biased, found))
 
 
 def targets(model: nn.Module, config: TargetedConfig) -> Sequence[str] | str:
@@ -82,92 +84,181 @@ def targets(model: nn.Module, config: TargetedConfig) -> Sequence[str] | str:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in TARGETS:
         raise UserError(
-            f"no usual target_modules are known for model_type {kind!r}: name them, or say target_modules='all-linear'"
+            f"no usual target_modules are known for model_type {kind!r}: name them, "
+            "or say target_modules='all-linear'"
         )
     return TARGETS[kind]
 
 
-def _wants(
+def trains_all_biases(config: TargetedConfig) -> bool:
+    """Return whether the configuration trains the bias of every layer, adapted or not."""
+    return getattr(config, "bias", "none") == "all"
+
+
+def is_all_linear(wanted: Sequence[str] | str | None) -> bool:
+    """Return whether target_modules is the shorthand for every linear layer."""
+    return isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
+
+
+# -- the three kinds of site
+
+
+def _adapted(
     model: nn.Module,
-    wanted: Sequence[str] | str,
     config: TargetedConfig,
-    path: str,
-    module: nn.Module,
-) -> bool:
-    if patterns.matches(config.exclude_modules, path):
-        return False
-    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        return (
-            _is_linear(plain(module))
-            and not _is_head(model, config, path, module)
-            and _in_layers(config, path)
-        )
-    return patterns.matches(wanted, path) and _in_layers(config, path)
+    wanted: Sequence[str] | str,
+    found: dict[str, nn.Module],
+    saved: list[str],
+) -> list[str]:
+    excluded = _looked_up(config.exclude_modules)
+    named = _looked_up(wanted)
+    inside = set(saved)
+    head = _head(model)
+
+    def wants(path: str, module: nn.Module) -> bool:
+        if any(above in inside for above in _above(path)) or patterns.matches(excluded, path):
+            return False
+        if is_all_linear(wanted):
+            layer = plain(module)
+            return _is_linear(layer) and layer is not head and _in_layers(config, path)
+        if not patterns.matches(named, path):
+            return False
+        # a whole path needs no layer number to say which module it means
+        return (not isinstance(named, str) and path in (named or ())) or _in_layers(config, path)
+
+    return [path for path, module in found.items() if wants(path, module)]
+
+
+def _saved(config: TargetedConfig, found: dict[str, nn.Module]) -> list[str]:
+    names = {*(config.modules_to_save or ()), *HEADS.get(config.task_type or "", ())}
+    picked = {path for path in found if patterns.matches(names, path)}
+    # a copy of a module holds copies of its children: only the outermost is a site
+    return [p for p in found if p in picked and picked.isdisjoint(list(_above(p))[1:])]
+
+
+def _biased(found: dict[str, nn.Module], taken: set[str]) -> list[str]:
+    # in _parameters, for an attribute `bias` may be a switch or a mask
+    return [
+        path
+        for path, module in found.items()
+        if taken.isdisjoint(_above(path))
+        and isinstance(plain(module)._parameters.get("bias"), Tensor)
+    ]
+
+
+def _above(path: str) -> Iterator[str]:
+    """Yield the path and the paths of the modules around it: "a.b.c", "a.b", "a"."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+def _once(paths: Collection[str], found: dict[str, nn.Module]) -> tuple[str, ...]:
+    first: dict[int, str] = {}
+    for path, module in found.items():
+        first.setdefault(id(plain(module)), path)
+    return tuple(dict.fromkeys(first[id(plain(found[path]))] for path in paths))
+
+
+def _looked_up(names: Sequence[str] | str | None) -> Collection[str] | str | None:
+    return names if names is None or isinstance(names, str) else frozenset(names)
 
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _is_head(model: nn.Module, config: TargetedConfig, path: str, module: nn.Module) -> bool:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is not None and plain(head) is plain(module):
-        return True
-    return config.task_type in HEADS and path in HEADS[config.task_type]
+def _head(model: nn.Module) -> nn.Module | None:
+    getter: Any = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return None if head is None else plain(head)
 
 
 def _in_layers(config: TargetedConfig, path: str) -> bool:
     layers = config.layers_to_transform
     if layers is None or layers == []:
         return True
-    named = config.layers_pattern or [r"[^.]*"]
-    for name in [named] if isinstance(named, str) else named:
-        # the first numbered segment is the layer: a later one may number experts
-        found = regex.match(rf"(?:.*?\.)??{name}\.(\d+)\.", path, timeout=patterns.SECONDS)
-        if found:
-            index = int(found.group(1))
-            return index == layers if isinstance(layers, int) else index in layers
-    return False
+    index = patterns.layer(config.layers_pattern, path)
+    return index in ([layers] if isinstance(layers, int) else layers)
 
 
-def _saved(found: dict[str, nn.Module], config: TargetedConfig, *, strict: bool) -> list[str]:
-    if config.modules_to_save and strict:
-        _all_used("modules_to_save", config.modules_to_save, found)
-    names = [*(config.modules_to_save or ()), *HEADS.get(config.task_type or "", ())]
-    picked = [path for path in found if patterns.matches(names, path)]
-    # a copy of a module holds copies of its children: only the outermost is a site
-    return [p for p in picked if not any(p.startswith(f"{q}.") for q in picked)]
+# -- what is wrong with a configuration
 
 
-def _all_used(field: str, names: Sequence[str], found: dict[str, nn.Module]) -> None:
-    unused = [n for n in names if not any(patterns.names(n, path) for path in found)]
-    if unused:
-        ends = {path.rsplit(".", 1)[-1] for path in found} | set(found)
-        hints = "".join(nearest(name, ends) for name in unused[:1])
+def _all_used(
+    config: TargetedConfig, wanted: Sequence[str] | str, found: dict[str, nn.Module]
+) -> None:
+    ends = {end for path in found for end in patterns.ends(path)}
+    for field, names in (
+        ("target_modules", wanted),
+        ("modules_to_save", config.modules_to_save),
+        ("exclude_modules", config.exclude_modules),
+    ):
+        unused = [] if isinstance(names, str) else [n for n in names or () if n not in ends]
+        if unused:
+            raise UserError(
+                f"{field} names {_listed(unused)}, which no module of this model is called."
+                f"{_hint(unused[0], found)} Its layers are {_layer_names(found)}"
+            )
+
+
+def _excludes_something(expression: str, found: dict[str, nn.Module]) -> None:
+    if not any(patterns.fullmatch(expression, path) for path in found):
         raise UserError(
-            f"{field} names {', '.join(map(repr, unused))}, which no module of this model is called.{hints} "
+            f"exclude_modules={expression[:80]!r} matches no module of this model. "
             f"Its layers are {_layer_names(found)}"
         )
+
+
+def _all_applied(config: TargetedConfig, found: dict[str, nn.Module], adapted: list[str]) -> None:
+    layers = config.layers_to_transform
+    if layers is not None:
+        there = {patterns.layer(config.layers_pattern, path) for path in found} - {None}
+        idle = [n for n in ([layers] if isinstance(layers, int) else layers) if n not in there]
+        if idle:
+            raise UserError(
+                f"layers_to_transform names {idle[:LISTED]}; the model's layers go up to "
+                f"{max((n for n in there if n is not None), default='none')}"
+            )
+    for field in config.by_site:
+        unused = patterns.unused(getattr(config, field), adapted)
+        if unused:
+            raise UserError(
+                f"{field} names {_listed(unused)}, which is the end of no adapted module's path."
+                f"{_hint(unused[0], {path: found[path] for path in adapted})}"
+            )
 
 
 def _nothing(
     wanted: Sequence[str] | str, config: TargetedConfig, found: dict[str, nn.Module]
 ) -> str:
-    ends = {path.rsplit(".", 1)[-1] for path in found}
-    hint = nearest(wanted if isinstance(wanted, str) else (wanted or [""])[0], ends)
+    said = repr(wanted[:80]) if isinstance(wanted, str) else f"[{_listed(wanted)}]"
     limits = {
         name: getattr(config, name)
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern")
         if getattr(config, name) is not None
     }
+    but = f" with {str(limits)[:200]}" if limits else ""
+    hint = _hint(wanted if isinstance(wanted, str) else (list(wanted) or [""])[0], found)
     return (
-        f"target_modules={wanted!r}{f' with {limits}' if limits else ''} matches no module.{hint} "
+        f"target_modules={said}{but} matches no module.{hint} "
         f"The model's layers are {_layer_names(found)}"
     )
 
 
+def _hint(name: str, found: dict[str, nn.Module]) -> str:
+    ends = {path.rpartition(".")[2] for path in found}
+    return nearest(name[:200], ends) or nearest(name[:200], found)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name[:80]) for name in names[:LISTED])
+    more = len(names) - LISTED
+    return shown + (f" and {more} more" if more > 0 else "")
+
+
 def _layer_names(found: dict[str, nn.Module]) -> str:
-    leaves = sorted({p.rsplit(".", 1)[-1] for p, m in found.items() if _is_linear(plain(m))})
+    leaves = sorted({p.rpartition(".")[2] for p, m in found.items() if _is_linear(plain(m))})
     return ", ".join(leaves[:20]) or "none that are linear"
 
 
@@ -176,6 +267,6 @@ def _reachable(found: dict[str, nn.Module], path: str) -> None:
     owner = type(found[parent]).__name__ if parent else ""
     if name in UNREACHABLE.get(owner, ()):
         raise UserError(
-            f"{path!r} cannot be adapted: {owner} reads its weight without calling it, so an adapter there would do "
-            "nothing; leave it out with exclude_modules"
+            f"{path!r} cannot be adapted: {owner} reads its weight without calling it, so an "
+            "adapter there would do nothing; leave it out with exclude_modules"
         )

@@ -1,0 +1,275 @@
+"""Law 1: what runs is what merges. forward(base, x) == base.apply(x, *reweight(W, b)), dropout off.
+
+Every method of the registry is crossed with every kind of layer. A new file in `inlay/methods` is
+tried with its default settings, its parameters filled at random; a new file in `inlay/bases` states
+the layers to try it on as `SAMPLES`, beside its `LAYERS`: name -> () -> (module, input).
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import itertools
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import inlay.bases
+from inlay.bases import layers, view
+from inlay.core.adapter import Adapter, Bias, Copy, Reweight
+from inlay.core.errors import UserError
+from inlay.core.inlaid import Adapted, Inlaid
+from inlay.core.selection import Selection
+from inlay.methods import method, names
+from inlay.methods.lora import LoraConfig
+from inlay.model.roster import Roster
+
+
+def conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(5, 6)
+
+
+def scaled_embedding() -> nn.Module:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    return Gemma3TextScaledWordEmbedding(11, 6, padding_idx=0, embed_scale=6**0.5)
+
+
+def gemma_norm() -> nn.Module:
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+
+    return Gemma2RMSNorm(6)
+
+
+def floats(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(1, 11, (3, 4))
+
+
+Sample = Callable[[], tuple[nn.Module, torch.Tensor]]
+SAMPLES: dict[str, Sample] = {
+    "linear": lambda: (nn.Linear(6, 5), floats(3, 4, 6)),
+    "linear without bias": lambda: (nn.Linear(6, 5, bias=False), floats(3, 6)),
+    "Conv1D": lambda: (conv1d(), floats(3, 4, 6)),
+    "conv1d": lambda: (nn.Conv1d(2, 5, 3, padding=1, padding_mode="circular"), floats(3, 2, 9)),
+    "conv2d": lambda: (
+        nn.Conv2d(2, 5, (3, 2), stride=2, padding=1, bias=False),
+        floats(3, 2, 7, 8),
+    ),
+    "conv2d dilated": lambda: (
+        nn.Conv2d(2, 5, 3, stride=2, padding=2, dilation=2, padding_mode="reflect"),
+        floats(3, 2, 9, 8),
+    ),
+    "conv2d without batch": lambda: (nn.Conv2d(2, 5, 3, padding="same"), floats(2, 7, 8)),
+    "conv3d": lambda: (nn.Conv3d(2, 5, 2, dilation=(1, 2, 1)), floats(3, 2, 4, 5, 4)),
+    "embedding": lambda: (nn.Embedding(11, 6), ids()),
+    "embedding with padding": lambda: (nn.Embedding(11, 6, padding_idx=0), ids()),
+    "scaled embedding": lambda: (scaled_embedding(), ids()),
+    "LayerNorm": lambda: (nn.LayerNorm(6), floats(3, 4, 6)),
+    "LayerNorm without bias": lambda: (nn.LayerNorm(6, bias=False), floats(3, 4, 6)),
+    "RMSNorm": lambda: (nn.RMSNorm(6), floats(3, 4, 6)),
+    "Gemma's RMSNorm": lambda: (gemma_norm(), floats(3, 4, 6)),
+    "GroupNorm": lambda: (nn.GroupNorm(2, 6), floats(3, 6, 4, 5)),
+    **{
+        name: sample
+        for file in pkgutil.iter_modules(inlay.bases.__path__)
+        for name, sample in getattr(
+            importlib.import_module(f"inlay.bases.{file.name}"), "SAMPLES", {}
+        ).items()
+    },
+}
+REFUSED: dict[str, Callable[[], nn.Module]] = {
+    "grouped conv": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "transposed conv": lambda: nn.ConvTranspose1d(4, 6, 3),
+    "renormalizing embedding": lambda: nn.Embedding(11, 6, max_norm=1.0),
+    "BatchNorm": lambda: nn.BatchNorm1d(6),
+    "a block": lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh()),
+    "scaled 8-bit floats": lambda: nn.Linear(6, 5).to(torch.float8_e4m3fn),
+}
+
+# what is tried of a method besides its defaults
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "lora": [{}, {"bias": "lora_only", "r": 3}, {"use_rslora": True, "lora_alpha": 3, "r": 2}]
+}
+HOSTED = [name for name in names() if method(name).adapter is not None]
+MADE: dict[str, tuple[type[Adapter], Any]] = {
+    **{
+        f"{name} {setting or ''}".strip(): (method(name).adapter, method(name).config(**setting))
+        for name in HOSTED
+        for setting in SETTINGS.get(name, [{}])
+    },
+    "bias": (Bias, LoraConfig(bias="all")),
+    "copy": (Copy, LoraConfig()),
+}
+
+
+def sampled(name: str) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    module, x = SAMPLES[name]()
+    module.double().requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.normal_()  # a norm starts as ones, which hide a forgotten weight
+    return module, x
+
+
+def holds(made: str, module: nn.Module) -> bool:
+    kind, _ = MADE[made]
+    base = view(module)
+    return base.kind in kind.on and (kind is not Bias or base.bias() is not None)
+
+
+def filled(made: str, module: nn.Module, seed: int = 1) -> Adapter:
+    kind, config = MADE[made]
+    adapter = kind(config, view(module)).eval().requires_grad_(True)
+    torch.manual_seed(seed)
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    return adapter
+
+
+def gradients(out: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    torch.manual_seed(2)
+    return list(
+        torch.autograd.grad(
+            (out * torch.randn_like(out)).sum(),
+            leaves,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    )
+
+
+def leaves_of(x: torch.Tensor, *adapters: Adapter) -> list[torch.Tensor]:
+    inputs = [x.requires_grad_()] if x.is_floating_point() else []
+    return inputs + [p for adapter in adapters for p in adapter.parameters()]
+
+
+def assert_same(
+    ran: torch.Tensor, meant: torch.Tensor, leaves: list[torch.Tensor], what: str
+) -> None:
+    torch.testing.assert_close(ran, meant, rtol=1e-10, atol=1e-10, msg=f"{what}: values")
+    torch.testing.assert_close(
+        gradients(ran, leaves), gradients(meant, leaves), rtol=1e-9, atol=1e-9
+    )
+
+
+def fold(module: nn.Module, *adapters: Adapter) -> tuple[torch.Tensor, torch.Tensor | None]:
+    said = view(module).weight(), view(module).bias()
+    for adapter in adapters:
+        assert isinstance(adapter, Reweight)
+        said = adapter.reweight(*said)
+    return said
+
+
+CROSSED = [(m, s) for m in MADE for s in SAMPLES if holds(m, sampled(s)[0])]
+STACKED = [(a, b, s) for a, b in itertools.product(MADE, MADE) for s in SAMPLES
+           if holds(a, sampled(s)[0]) and holds(b, sampled(s)[0])]  # fmt: skip
+
+
+def test_every_kind_of_layer_has_a_sample_and_every_method_a_layer():
+    tried = {type(view(sampled(name)[0])) for name in SAMPLES}
+    assert tried == {layer for layer in layers() if layer.kind != "module"}
+    assert {made for made, _ in CROSSED} == set(MADE)
+
+
+def test_the_methods_without_a_host_are_those_declared_so():
+    assert set(names()) - set(HOSTED) == {"full"}
+
+
+@pytest.mark.parametrize(("made", "sample"), CROSSED)
+def test_what_runs_is_what_the_weight_says(made, sample):
+    module, x = sampled(sample)
+    adapter, base = filled(made, module), view(module)
+    leaves = leaves_of(x, adapter)
+    meant = base.apply(x, *fold(module, adapter))
+    assert_same(adapter(base, x), meant, leaves, f"{made} on {sample}")
+    assert not torch.allclose(meant, module(x))  # or the law would hold of nothing
+
+
+@pytest.mark.parametrize(("below", "above", "sample"), STACKED)
+def test_a_stack_is_the_fold_of_its_weights(below, above, sample):
+    module, x = sampled(sample)
+    first, second = filled(below, module, 1), filled(above, module, 3)
+    base = view(module)
+    adapted = Adapted(first, base)
+    torch.testing.assert_close((adapted.weight(), adapted.bias()), fold(module, first))
+    leaves = leaves_of(x, first, second)
+    meant = base.apply(x, *fold(module, first, second))
+    assert_same(second(adapted, x), meant, leaves, f"{above} over {below} on {sample}")
+    host = Inlaid(base, Selection(("a", "b")))
+    host.adapters.update({"a": first, "b": second})
+    assert_same(host(x), meant, leaves, f"a host of {above} over {below} on {sample}")
+
+
+@pytest.mark.parametrize(("made", "sample"), CROSSED)
+def test_merging_keeps_what_the_layer_computes_and_unmerging_restores_it_to_the_bit(made, sample):
+    module, x = sampled(sample)
+    before = dict(module._parameters)
+    pristine = {n: p.clone() for n, p in module.named_parameters()}
+    host = Inlaid(view(module), Selection())
+    host.adapters.update({"a": filled(made, module, 1), "b": filled("copy", module, 3)})
+    for chosen in (("a",), ("b", "a"), ("a", "b")):
+        host.selection.active = chosen
+        ran = host(x)
+        host.merge(chosen, check=True)
+        host.selection.merged = chosen
+        torch.testing.assert_close(host(x), ran, rtol=1e-10, atol=1e-10)
+        host.unmerge()
+        host.selection.merged = ()
+        assert {n: id(p) for n, p in module._parameters.items()} == {
+            n: id(p) for n, p in before.items()
+        }
+    assert all(torch.equal(p, pristine[n]) for n, p in module.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("made", "sample"), CROSSED)
+def test_a_merge_in_half_precision_is_rounded_once_and_undone_to_the_bit(made, sample, dtype):
+    module, _ = sampled(sample)
+    module.to(dtype)
+    pristine = copy.deepcopy(module)
+    adapter = filled(made, module)
+    host = Inlaid(view(module), Selection())
+    host.adapters["a"] = adapter
+    host.merge(("a",))
+    if not isinstance(adapter, Copy):  # a copy computes beside the base and is put there at the end
+        below = view(pristine)
+        wide = [None if t is None else t.double() for t in (below.weight(), below.bias())]
+        ideal = adapter.double().reweight(*wide)
+        for merged, exact in zip((host.base.weight(), host.base.bias()), ideal, strict=True):
+            assert (merged is None) == (exact is None)
+            assert exact is None or ulps(merged, exact) <= 0.5 + 1e-3
+    host.unmerge()
+    for name, parameter in pristine.named_parameters():
+        assert parameter.dtype == dtype
+        assert torch.equal(module.get_parameter(name), parameter)
+
+
+def ulps(rounded: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return the largest error of `rounded` in units of its dtype's last place."""
+    info, exact = torch.finfo(rounded.dtype), exact.detach()
+    exponent = exact.abs().clamp_min(info.smallest_normal).log2().floor()
+    return float(((rounded.double() - exact).abs() / (2**exponent * info.eps)).max())
+
+
+@pytest.mark.parametrize("name", HOSTED)
+@pytest.mark.parametrize("what", [*REFUSED, *SAMPLES])
+def test_a_layer_a_method_is_not_declared_for_is_refused_by_name(name, what):
+    module = REFUSED[what]() if what in REFUSED else sampled(what)[0]
+    if view(module).kind in method(name).adapter.on:
+        pytest.skip("declared, and so crossed above")
+    model = nn.Sequential(nn.Identity(), module)
+    before = dict(model.named_modules())
+    with pytest.raises(UserError, match=rf"'1' is a {type(module).__name__}, .*leave it out"):
+        Roster(model).add("a", method(name).config(target_modules=["1"]))
+    assert dict(model.named_modules()) == before
