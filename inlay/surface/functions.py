@@ -63,7 +63,9 @@ def inject_adapter_in_model(
     return model
 
 
-def get_peft_model_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+def get_peft_model_state_dict(
+    model: nn.Module, *, adapter_name: str = "default"
+) -> dict[str, Tensor]:
     """Return an adapter's tensors by the keys of PEFT's file; they share the model's memory."""
     return adapter_tensors(roster_of(model), adapter_name)
 

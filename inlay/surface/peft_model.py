@@ -185,8 +185,9 @@ class PeftModel(nn.Module):
     def save_pretrained(
         self,
         save_directory: str | Path,
-        selected_adapters: Sequence[str] | None = None,
         *,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
         tokenizer: Any = None,
         chat_template: str | None = None,
     ) -> None:
@@ -196,6 +197,11 @@ class PeftModel(nn.Module):
         tokenizer, chat_template: written beside them, so that the adapter is used with what it was
         trained with.
         """
+        if not safe_serialization:
+            raise UserError(
+                "safe_serialization=False asks for a pickle, which runs code when it is read: "
+                "only safetensors are written"
+            )
         chosen = self.roster.names if selected_adapters is None else tuple(selected_adapters)
         self.roster.check(*chosen)
         for name in chosen:

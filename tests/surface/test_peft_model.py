@@ -101,6 +101,12 @@ def test_the_counts_and_the_line_that_tells_them(model: PeftModel, capsys: Any) 
     assert capsys.readouterr().out == line
 
 
+def test_a_pickle_is_not_written(model: PeftModel, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only safetensors are written"):
+        model.save_pretrained(tmp_path / "a", safe_serialization=False)
+    assert not (tmp_path / "a").exists()
+
+
 # -- choosing
 
 
