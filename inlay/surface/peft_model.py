@@ -145,7 +145,7 @@ class PeftModel(nn.Module):
         self.roster.add(adapter_name, _targeted(peft_config))
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter out; was it the only active one, the first that is left becomes active."""
+        """Take an adapter out; where it alone was active, the first that is left becomes so."""
         self.roster.remove(adapter_name)
 
     def unload(self) -> nn.Module:
