@@ -133,7 +133,7 @@ def unused(patterns: Mapping[str, T], paths: Collection[str]) -> list[str]:
 def check_counts(field: str, keys: Sized) -> None:
     """Raise UserError where a field holds more names than it may."""
     if len(keys) > MOST_NAMES:
-        raise UserError(f"{field} holds {len(keys)} names; the limit is {MOST_NAMES}")
+        raise UserError(f"{field} holds {len(keys)} names, over the limit of {MOST_NAMES}")
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,7 @@
-"""LoRA: W + s B A, with s = alpha / r, or alpha / sqrt(r) (Hu et al., arXiv:2106.09685; rsLoRA: arXiv:2312.03732).   A [R, I], B [O, R]."""
+"""LoRA: W + s B A, with s = alpha / r, or alpha / sqrt(r).   A [R, I], B [O, R].
+
+Hu et al., arXiv:2106.09685; the square root is rsLoRA's, arXiv:2312.03732.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +37,14 @@ class LoraConfig(TargetedConfig):
     lora_dropout: float = 0.0
     """Probability of zeroing an input of the update in training."""
     fan_in_fan_out: bool = False
-    """PEFT's note that a weight is stored [in, out]; read from the layer here, and kept for PEFT's files."""
+    """PEFT's note that a weight is stored [in, out]; read from the layer here, kept for the files."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train too: none, every one of the model, or those of the adapted layers."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r), so that high ranks keep learning."""
     init_lora_weights: bool | Literal["gaussian"] = True
-    """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. False: both random, for tests."""
+    """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. False: both
+    random, for tests."""
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     """Rank of the modules whose path ends in the key (a regular expression), instead of r."""
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -90,10 +94,26 @@ class LoraConfig(TargetedConfig):
     by_site: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     not_yet: ClassVar[dict[str, str]] = dict.fromkeys(
         (
-            "megatron_config megatron_core trainable_token_indices use_dora velora_config alora_invocation_tokens "
-            "use_qalora monteclora_config layer_replication lora_bias target_parameters use_bdlora arrow_config "
-            "kasa_config ensure_weight_tying eva_config corda_config lora_ga_config loftq_config"
-        ).split(),
+            "megatron_config",
+            "megatron_core",
+            "trainable_token_indices",
+            "use_dora",
+            "velora_config",
+            "alora_invocation_tokens",
+            "use_qalora",
+            "monteclora_config",
+            "layer_replication",
+            "lora_bias",
+            "target_parameters",
+            "use_bdlora",
+            "arrow_config",
+            "kasa_config",
+            "ensure_weight_tying",
+            "eva_config",
+            "corda_config",
+            "lora_ga_config",
+            "loftq_config",
+        ),
         "inlay has plain LoRA and rsLoRA so far; leave this field at its default",
     )
 
@@ -101,10 +121,10 @@ class LoraConfig(TargetedConfig):
         """Refuse ranks, scales and switches that cannot be."""
         super().__post_init__()
         for name, rank in (("r", self.r), *self.rank_pattern.items()):
-            if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MOST_RANK:
-                raise UserError(
-                    f"{name}={str(rank)[:80]} is no rank: give a whole number from 1 to {MOST_RANK}"
-                )
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise UserError(f"{name}={rank!r} is no rank: give a whole number of at least 1")
+            if rank > MOST_RANK:
+                raise UserError(f"{name} is a rank no layer can hold: give at most {MOST_RANK}")
         if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1")
         for name, alpha in (("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()):
@@ -150,7 +170,8 @@ class Lora(Delta):
     def reset(self, base: Base) -> None:
         """Make one factor random and the other zero: an untrained update changes nothing.
 
-        On an embedding it is A, the side of the ids, that is zero, so that a token's first step is its own.
+        On an embedding it is A, the side of the ids, that is zero, so that a token's first step is
+        its own.
         """
         super().reset(base)
         init, (a, b) = self.config.init_lora_weights, (self.lora_A, self.lora_B)

@@ -21,7 +21,7 @@ LISTED = 10
 
 @dataclasses.dataclass(frozen=True)
 class Sites:
-    """The module paths of one configuration: adapted, copied in full, and trained in their bias alone.
+    """The module paths of one configuration: adapted, copied in full, trained in their bias alone.
 
     A module reachable by several paths stands under the first of them.
     """
@@ -87,7 +87,8 @@ def targets(model: nn.Module, config: TargetedConfig) -> Sequence[str] | str:
             f"no usual target_modules are known for model_type {kind!r}: name them, "
             "or say target_modules='all-linear'"
         )
-    return TARGETS[kind]
+    last = {path.rpartition(".")[2] for path, _ in modules(model)}
+    return [name for name in TARGETS[kind] if name in last] or TARGETS[kind]
 
 
 def trains_all_biases(config: TargetedConfig) -> bool:
