@@ -96,6 +96,13 @@ class RunConfig:
                 "or set dtype: bfloat16 to halve the memory of float32 weights"
             )
         self.train.validate()
+        for name in ("early_stopping_patience", "restore_best"):
+            given = getattr(self.train, name)
+            if given and not (self.data.eval_fraction or self.data.eval_path):
+                raise UserError(
+                    f"train.{name} is {given!r}, which needs held-out rows; "
+                    "set data.eval_fraction or data.eval_path"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

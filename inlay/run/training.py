@@ -22,6 +22,7 @@ from inlay.config.resolve import Resolved, resolve_python
 from inlay.config.schema import RunConfig
 from inlay.core.errors import UserError
 from inlay.data.dataset import Prepared, prepare
+from inlay.data.pack import check_packable
 from inlay.data.read import raw_rows
 from inlay.model.load import load_base
 from inlay.run.facts import facts
@@ -98,6 +99,8 @@ class _Job:
         base, self.tokenizer = load_base(**base_arguments(config))
         if self.tokenizer is None:
             raise UserError(f"base_model {config.base_model!r} has no tokenizer beside it")
+        if config.train.packing:
+            check_packable(base.config)
         self.model = adapted(base, config)
         self.objective = replace(config.objective, packing=config.train.packing)
         with disk_errors(run.folder):
