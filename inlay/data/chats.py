@@ -85,7 +85,7 @@ class ChatEncoder:
         try:
             if self.config.train_on == "all":
                 text = self.template.render(messages, row.tools)
-                check_present(text, messages, {})
+                check_present(text, messages, row.tools, {})
                 parts = [Rendered(text, ())]
             else:
                 parts = locate(self.template, messages, row.tools, trained)
@@ -95,12 +95,14 @@ class ChatEncoder:
                 "change the row, or give another template as data.chat_template"
             ) from error
         except Lost as lost:
-            message = row.messages[lost.index]
-            said = (message.content or message.reasoning)[:40]
+            what = lost.what
+            if lost.index is not None:
+                message = row.messages[lost.index]
+                said = (message.content or message.reasoning)[:40]
+                what += f" of message {lost.index + 1} ({message.role}: {said!r})"
             raise row.source.error(
-                f"the chat template ({self.template.origin}) leaves out the {lost.what} of message "
-                f"{lost.index + 1} ({message.role}: {said!r}); remove it from the row, or give "
-                "another template as data.chat_template"
+                f"the chat template ({self.template.origin}) leaves out {what}; remove it from the "
+                "row, or give another template as data.chat_template"
             ) from lost
         return [self._label(part, row) for part in parts]
 

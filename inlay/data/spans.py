@@ -5,22 +5,28 @@ generation is given there:
 
     turn_k = render(messages[:k+1]) - render(messages[:k], generation prompt)
 
-Two renders a turn say it exactly (`by_prefixes`), at a cost quadratic in the conversation.
-`by_marks` gives the same spans for a linear cost: one render of the whole, one with a mark after
-each message that is not the assistant's, and one short render a turn (the turn alone after a probe
-question), which must be found in the whole right behind the mark. What it cannot verify goes to
-`by_prefixes`, and where a prefix is not a prefix of the whole, the template rewrites history: then
-each trained turn becomes an example of its own, rendered as generation would have seen it.
+Two renders of the conversation so far say it exactly (`_by_prefix`), at a cost that is quadratic
+over all turns. `_Marks` finds the same span at a cost that does not grow with the conversation: the
+whole is rendered once more with a mark after each message that is not the assistant's, and each
+turn alone after a probe question; what the turn alone adds must stand in the whole behind the mark.
+Where it does not, that turn is found the exact way.
+
+Where a prefix is not a prefix of the whole, the template rewrites history: then each trained turn
+becomes an example of its own, rendered as generation would have seen it. The examples of T turns
+are then quadratic in T themselves, and so are their tokens; the renders stay two a turn.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from inlay.data.rows import Message
 from inlay.data.template import ASK, MARK, MARKS, RenderError, Template
+
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -33,15 +39,15 @@ class Rendered:
 
 
 class Lost(Exception):
-    """The template leaves out a text of the message at `index`: its `what`, text or reasoning."""
+    """The template leaves out `what` of the message at `index`, or of the whole (None)."""
 
-    def __init__(self, index: int, what: str) -> None:
+    def __init__(self, index: int | None, what: str) -> None:
         super().__init__(index, what)
         self.index, self.what = index, what
 
 
 def locate(
-    template: Template, messages: Sequence[Message], tools: Sequence[object], trained: Set[int]
+    template: Template, messages: Sequence[Message], tools: Sequence[Any], trained: Set[int]
 ) -> list[Rendered]:
     """Return one Rendered, or one a trained turn where the template rewrites history.
 
@@ -49,15 +55,13 @@ def locate(
     conversation and Lost where it leaves out a text.
     """
     text = template.render(messages, tools)
-    turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    spans = by_marks(template, messages, tools, text, turns) if len(turns) > 1 else None
-    if spans is None:
-        spans = by_prefixes(template, messages, tools, text, turns)
+    spans = find_spans(template, messages, tools, text)
     if spans is not None:
         whole = Rendered(
-            text, tuple((*spans[k], messages[k].weight) for k in turns if k in trained)
+            text,
+            tuple((*spans[k], messages[k].weight) for k in sorted(spans) if k in trained),
         )
-        check_present(text, messages, {k: spans[k] for k in trained})
+        check_present(text, messages, tools, {k: spans[k] for k in trained})
         return [whole]
     examples = []
     for k in sorted(trained):
@@ -65,83 +69,109 @@ def locate(
         part = template.render(messages[: k + 1], tools)
         start, end = _turn(template, messages, tools, k, part)
         example = Rendered(part, ((start, end, messages[k].weight),))
-        check_present(part, messages[: k + 1], {k: (start, end)})
+        check_present(part, messages[: k + 1], tools, {k: (start, end)})
         examples.append(example)
     return examples
 
 
-def by_prefixes(
+def find_spans(
     template: Template,
     messages: Sequence[Message],
-    tools: Sequence[object],
+    tools: Sequence[Any],
     text: str,
-    turns: Sequence[int],
-) -> dict[int, tuple[int, int]] | None:
-    """Return each turn's span from two renders a turn; None where the template rewrites history."""
-    spans = {}
+    *,
+    exact: bool = False,
+) -> dict[int, Span] | None:
+    """Return the span of every assistant turn in `text`, the render of the whole.
+
+    None where the template rewrites history. `exact` spends two renders of the conversation so far
+    on every turn.
+    """
+    turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    marks = None
+    if not exact and len(turns) > 1:
+        try:
+            # the second and the last turn are checked against their prompts (the first is, where
+            # its opening is learned): a template may treat the last question differently
+            asked = (template.prompt(messages[:k], tools) for k in {turns[1], turns[-1]})
+            if all(map(text.startswith, asked)):
+                marks = _Marks(template, messages, tools, text)
+        except RenderError:
+            marks = None
+    spans: dict[int, Span] = {}
     for k in turns:
-        last = k + 1 == len(messages)
-        part = text if last else template.render(messages[: k + 1], tools)
-        start, end = _turn(template, messages, tools, k, part)
-        if not text.startswith(part[:end]):
+        found = marks.find(k, spans) if marks else None
+        found = found or _by_prefix(template, messages, tools, text, k)
+        if found is None:
             return None
-        spans[k] = (start, end)
+        spans[k] = found
     return spans
 
 
-def by_marks(
-    template: Template,
-    messages: Sequence[Message],
-    tools: Sequence[object],
-    text: str,
-    turns: Sequence[int],
-) -> dict[int, tuple[int, int]] | None:
-    """Return each turn's span from one short render a turn; None where anything does not fit."""
-    try:
-        ends = _ends(template, messages, tools, text)
-        # three turns are checked as by_prefixes does (the first below, where its opening is
-        # learned): a template may treat the last question differently, or only later ones
-        for k in {*turns[1:2], turns[-1]}:
-            if not text.startswith(template.prompt(messages[:k], tools)):
-                return None
-    except RenderError:
-        return None
-    asked = template.prompt([ASK])
-    openings: dict[str, str] = {}
-    spans = {}
-    for k in turns:
-        before = messages[k - 1]
-        if k == 0 or k - 1 not in ends:
+def _by_prefix(
+    template: Template, messages: Sequence[Message], tools: Sequence[Any], text: str, k: int
+) -> Span | None:
+    last = k + 1 == len(messages)
+    part = text if last else template.render(messages[: k + 1], tools)
+    start, end = _turn(template, messages, tools, k, part)
+    return (start, end) if text.startswith(part[:end]) else None
+
+
+@dataclass
+class _Marks:
+    """Finds turns behind marks in one conversation."""
+
+    template: Template
+    messages: Sequence[Message]
+    tools: Sequence[Any]
+    text: str
+    ends: dict[int, int] = field(init=False)
+    """Where in `text` the content of each message ends that is not the assistant's."""
+    openings: dict[str, str] = field(default_factory=dict)
+    """What stands between such an end and the answer, by the role that spoke before."""
+
+    def __post_init__(self) -> None:
+        self.ends = _ends(self.template, self.messages, self.tools, self.text)
+        self.asked = self.template.prompt([ASK])
+
+    def find(self, k: int, spans: Mapping[int, Span]) -> Span | None:
+        """Return the span of turn k, those before it being known; None where it does not fit."""
+        at = self._behind(k, spans)
+        if at is None:
             return None
-        at = ends[k - 1]
-        # a mark stands before the whitespace that ends a content, which the template may strip
-        space = before.content[len(before.content.rstrip()) :]
-        at += len(space) if text.startswith(space, at) else 0
+        before = self.messages[k - 1]
         try:
-            if before.role not in openings:
-                prompt = template.prompt(messages[:k], tools)
-                if not text.startswith(prompt) or len(prompt) < at:
+            if before.role not in self.openings:
+                prompt = self.template.prompt(self.messages[:k], self.tools)
+                if not self.text.startswith(prompt) or len(prompt) < at:
                     return None
-                openings[before.role] = prompt[at:]
-            alone = template.render([ASK, messages[k]])
+                self.openings[before.role] = prompt[at:]
+            alone = self.template.render([ASK, self.messages[k]])
+            start, end = self.template.turn(self.asked, alone)
         except RenderError:
             return None
-        start, end = template.turn(asked, alone)
-        opening = openings[before.role]
-        if not text.startswith(opening + alone[start:end], at):
+        opening = self.openings[before.role]
+        if not self.text.startswith(opening + alone[start:end], at):
             return None
         at += len(opening)
-        spans[k] = (at, at + end - start)
-    return spans
+        return at, at + end - start
+
+    def _behind(self, k: int, spans: Mapping[int, Span]) -> int | None:
+        if k and k - 1 in spans:  # the assistant spoke before
+            return spans[k - 1][1]
+        if k == 0 or k - 1 not in self.ends:
+            return None
+        # a mark stands before the whitespace that ends a content, which the template may strip
+        content = self.messages[k - 1].content
+        space = content[len(content.rstrip()) :]
+        at = self.ends[k - 1]
+        return at + len(space) if self.text.startswith(space, at) else at
 
 
 def _ends(
-    template: Template, messages: Sequence[Message], tools: Sequence[object], text: str
+    template: Template, messages: Sequence[Message], tools: Sequence[Any], text: str
 ) -> dict[int, int]:
-    """Return where in `text` the content of each message ends that is not the assistant's.
-
-    Empty where marking changes what the template writes.
-    """
+    """Return `_Marks.ends`; empty where marking changes what the template writes."""
     marked = [
         message
         if message.role == "assistant" or not message.content.strip()
@@ -166,7 +196,7 @@ def _mark(content: str, index: int) -> str:
 
 
 def _turn(
-    template: Template, messages: Sequence[Message], tools: Sequence[object], k: int, part: str
+    template: Template, messages: Sequence[Message], tools: Sequence[Any], k: int, part: str
 ) -> tuple[int, int]:
     """Return the span of turn k at the end of `part`, the render up to and with it."""
     try:
@@ -176,16 +206,25 @@ def _turn(
             raise
         # an empty conversation cannot be rendered, so the turn begins where its text does
         prompt = part[: max(part.find(messages[0].content.strip()), 0)]
+    prompt = template.held(prompt, part, lambda: template.render(messages[:k], tools))
     return template.turn(prompt, part)
 
 
 def check_present(
-    text: str, messages: Sequence[Message], trained: Mapping[int, tuple[int, int]]
+    text: str,
+    messages: Sequence[Message],
+    tools: Sequence[Any],
+    trained: Mapping[int, Span],
 ) -> None:
-    """Raise Lost for a message whose text the template did not write into `text`.
+    """Raise Lost for what a message says, or a tool, that the template did not write into `text`.
 
-    Roles that the template does not know are the usual reason, and it drops them without a word.
+    Roles that the template does not know are the usual reason, and it drops them without a word;
+    many templates know no tools.
     """
+    for tool in tools:
+        name = tool.get("function", tool).get("name")
+        if isinstance(name, str) and name not in text:
+            raise Lost(None, f"the tool {name!r}, which the row offers")
     at = 0
     for i, message in enumerate(messages):
         wanted = message.content.strip()
@@ -195,12 +234,29 @@ def check_present(
             wanted = rest.strip()
         found = text.find(wanted, at)
         if found < 0:  # templates may write what tools return as JSON
-            found = text.find(json.dumps(wanted, ensure_ascii=False)[1:-1], at)
+            found = text.find(_escaped(wanted), at)
         if found < 0 and wanted not in text:
-            raise Lost(i, "text")
+            raise Lost(i, "the text")
+        own = text[slice(*trained[i])] if i in trained else text
+        for call in message.tool_calls:
+            for word in _words(call["function"]):
+                if word not in own and _escaped(word) not in own:
+                    raise Lost(i, f"{word[:40]!r} in a tool call")
         at = max(at, found)
         if i in trained:
-            own = text[slice(*trained[i])]
             for reasoning in (thought.rpartition("<think>")[2], message.reasoning):
                 if reasoning.strip() not in own:
-                    raise Lost(i, "reasoning")
+                    raise Lost(i, "the reasoning")
+
+
+def _words(function: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what must appear of a call in some form: the name, the arguments' names and texts."""
+    yield function["name"]
+    for key, value in function["arguments"].items():
+        yield key
+        if isinstance(value, str):
+            yield value.strip()
+
+
+def _escaped(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]

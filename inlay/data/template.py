@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os.path
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,35 @@ BUILT_IN = {
     ),
 }
 ASK, ANSWER, SYSTEM = (Message("user", "Qprobe7"), Message("assistant", "Aprobe7"), "Sprobe7")
+CALLED = {"name": "Nprobe7", "arguments": {"Kprobe7": "Vprobe7"}}
+# nine characters, which is what Mistral's templates ask of an id
+CALLS = Message(
+    "assistant", "", tool_calls=({"id": "Iprobe777", "type": "function", "function": CALLED},)
+)
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """How a turn with tool calls is handed to a template."""
+
+    as_text: bool
+    """The arguments are JSON text, not an object."""
+    null: bool
+    """A turn that only calls has null for its content, not an empty text."""
+
+    def fields(self, message: Message) -> dict[str, Any]:
+        """Return what the template reads of `message`."""
+        fields = message.fields()
+        if not message.tool_calls:
+            return fields
+        if self.null and not message.content:
+            fields["content"] = None
+        if self.as_text:
+            fields["tool_calls"] = [_with_text(call) for call in fields["tool_calls"]]
+        return fields
+
+
+FORMS = tuple(CallForm(as_text, null) for null in (False, True) for as_text in (False, True))
 
 
 class RenderError(Exception):
@@ -64,30 +95,47 @@ class Template:
 
         Raises RenderError with the template's words where it refuses.
         """
+        calls = any(message.tool_calls for message in messages)
+        form = self.call_form if calls else FORMS[0]
+        return self._render(messages, tools, generation, form)
+
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Any], generation: bool, form: CallForm
+    ) -> str:
         from jinja2 import TemplateError
 
-        fields = [message.fields() for message in messages]
-        for arguments_as_text in (False, True):
-            if arguments_as_text:
-                fields = [_with_text_arguments(turn) for turn in fields]
-            try:
-                # a template that joins strings (DeepSeek-V3) fails on arguments that are objects
-                return str(
-                    self.tokenizer.apply_chat_template(
-                        fields,
-                        tools=list(tools) or None,
-                        chat_template=self.text,
-                        add_generation_prompt=generation,
-                        tokenize=False,
-                        **self.kwargs,
-                    )
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [form.fields(message) for message in messages],
+                    tools=list(tools) or None,
+                    chat_template=self.text,
+                    add_generation_prompt=generation,
+                    tokenize=False,
+                    **self.kwargs,
                 )
-            except TypeError as error:
-                if arguments_as_text or not any("tool_calls" in turn for turn in fields):
-                    raise RenderError(str(error)) from error
-            except (TemplateError, ValueError) as error:
-                raise RenderError(str(error)) from error
-        raise AssertionError("the second pass returns or raises")
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise RenderError(str(error)) from error
+
+    @functools.cached_property
+    def call_form(self) -> CallForm:
+        """The form in which the template writes most of a tool call.
+
+        Templates differ: some print Python where they are given an object of arguments, or drop
+        the call of a turn whose content is an empty text.
+        """
+
+        def written(form: CallForm) -> int:
+            try:
+                text = self._render([ASK, CALLS], (), False, form)
+            except RenderError:
+                return -1
+            if str(CALLED["arguments"]) in text or "None" in text:
+                return 0
+            return sum(word in text for word in ("Nprobe7", "Kprobe7", "Vprobe7"))
+
+        return max(FORMS, key=written)  # the first of the best
 
     @functools.cached_property
     def specials(self) -> dict[str, int]:
@@ -110,12 +158,18 @@ class Template:
     def probe(self) -> str:
         """A question with its answer, rendered."""
         try:
-            return self.render([ASK, ANSWER])
+            text = self.render([ASK, ANSWER])
         except RenderError as error:
             raise UserError(
                 f"the chat template ({self.origin}) refuses a question with its answer: {error}; "
                 "give another one as data.chat_template"
             ) from error
+        if ANSWER.content not in text:  # those of vision models read lists of parts alone
+            raise UserError(
+                f"the chat template ({self.origin}) leaves out the answer to a question, when it "
+                "is a plain text; give another one as data.chat_template"
+            )
+        return text
 
     @functools.cached_property
     def asked(self) -> str:
@@ -155,22 +209,10 @@ class Template:
         """Return where the trained text of a turn begins and ends in `answered`.
 
         `asked` is the render up to the turn with its generation prompt, `answered` the render with
-        the turn. What generation is given is not trained. The token that ends the turn is, the
-        whitespace after it is not.
+        the turn, which begins with it. What generation is given is not trained. The token that ends
+        the turn is, the whitespace after it is not.
         """
         start = len(asked)
-        if not answered.startswith(asked):
-            # generation is given more than the rows hold (DeepSeek-R1 opens a <think>): train from
-            # where they part, moved back to the end of a special token or of a word
-            start = next(
-                (i for i, (a, b) in enumerate(zip(asked, answered, strict=False)) if a != b),
-                min(len(asked), len(answered)),
-            )
-            ends = tuple(self.specials)
-            while start and not (
-                answered[start - 1].isspace() or answered.endswith(ends, 0, start)
-            ):
-                start -= 1
         found = answered.rfind(self.stop, start) if self.stop else -1
         end = found + len(self.stop)
         if found < 0 or self.special.sub("", answered[end:]).strip():
@@ -184,7 +226,34 @@ class Template:
     @functools.cached_property
     def surplus(self) -> str:
         """What generation is given beyond the header that the rows hold, or ""."""
-        return self.asked[self.turn(self.asked, self.probe)[0] :]
+        return self.asked[self._parting(self.asked, self.probe) :]
+
+    def held(self, asked: str, answered: str, before: Callable[[], str]) -> str:
+        """Return what of the prompt `asked` the rows hold, for `answered` to begin with it.
+
+        Generation may be given more than that (DeepSeek-R1 opens a <think>). `before` renders the
+        prompt without the header of the answer. Raises RenderError where the answer changes what
+        stands before that header: then no text is what generation would have to write.
+        """
+        if answered.startswith(asked):
+            return asked
+        held = asked.removesuffix(self.surplus)
+        if answered.startswith(held):
+            return held
+        plain = before()
+        if not (asked.startswith(plain) and answered.startswith(plain)):
+            raise RenderError("an answer changes what it writes before that answer")
+        return asked[: max(len(plain), self._parting(asked, answered))]
+
+    def _parting(self, asked: str, answered: str) -> int:
+        """Return where the two part, moved back to the end of a special token or of a word."""
+        if answered.startswith(asked):
+            return len(asked)
+        start = len(os.path.commonprefix([asked, answered]))
+        ends = tuple(self.specials)
+        while start and not (answered[start - 1].isspace() or answered.endswith(ends, 0, start)):
+            start -= 1
+        return start
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
@@ -206,15 +275,10 @@ def _any(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
 
-def _with_text_arguments(turn: dict[str, Any]) -> dict[str, Any]:
-    if "tool_calls" not in turn:
-        return turn
-    calls = []
-    for call in turn["tool_calls"]:
-        function = dict(call["function"])
-        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
-        calls.append({**call, "function": function})
-    return {**turn, "tool_calls": calls}
+def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = dict(call["function"])
+    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": function}
 
 
 def _resolve(tokenizer: Any, given: str | None) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from inlay.core.errors import UserError
 from inlay.data.encode import IGNORED, Encoder, encode
 from inlay.data.rows import Chat, Completion, Message, Source, Text
 from inlay.data.settings import DataConfig
-from inlay.data.spans import by_marks, by_prefixes
+from inlay.data.spans import find_spans
 from inlay.data.template import RenderError, Template
 
 HERE = Source("rows.jsonl", 1)
@@ -97,12 +97,10 @@ def test_the_linear_way_finds_what_two_renders_a_turn_find(name, seed, tokenizer
     template = Template(tokenizers(name))
     messages = a_conversation(seed, system=name not in ("gemma", "mistral")).messages
     text = template.render(messages)
-    turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    exact = by_prefixes(template, messages, (), text, turns)
-    marked = by_marks(template, messages, (), text, turns)
-    assert marked in (exact, None)
-    if name in ("chatml", "qwen2.5", "llama3", "gemma", "phi3", "mistral", "deepseek", "vicuna"):
-        assert marked == exact is not None
+    exact = find_spans(template, messages, (), text, exact=True)
+    assert find_spans(template, messages, (), text) == exact
+    if name not in ("qwen3", "mistral-v3"):
+        assert exact is not None
 
 
 def test_the_cost_grows_with_the_length_of_the_conversation_and_not_its_square(
@@ -159,8 +157,8 @@ def test_the_linear_way_bears_whitespace_around_the_texts(name, tokenizers, chat
     template = Template(tokenizers(name))
     messages = chat("u: one", "a: 1\n", "u:  two \n", "a: \n2 ").messages
     text = template.render(messages)
-    found = by_marks(template, messages, (), text, [1, 3])
-    assert found == by_prefixes(template, messages, (), text, [1, 3]) is not None
+    found = find_spans(template, messages, (), text)
+    assert found == find_spans(template, messages, (), text, exact=True) is not None
 
 
 def test_a_special_token_of_another_kind_in_an_answer_is_what_is_to_be_learned(tokenizers, chat):
@@ -317,7 +315,8 @@ def test_tool_calls_are_trained_as_the_template_writes_them(tokenizers):
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{% for call in m.tool_calls or [] %}"
-        "{{ '<tool_call>' + call.function.arguments + '</tool_call>' }}{% endfor %}<|im_end|>\n"
+        "{{ '<tool_call>' + call.function.name + call.function.arguments + '</tool_call>' }}"
+        "{% endfor %}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -329,7 +328,7 @@ def test_tool_calls_are_trained_as_the_template_writes_them(tokenizers):
     )
     tokenizer = tokenizers("chatml")
     (example,) = encode(Chat(turns, HERE), tokenizer, chat_template=template)
-    wanted = '<tool_call>{"x": 1}</tool_call><|im_end|>done<|im_end|>'
+    wanted = '<tool_call>f{"x": 1}</tool_call><|im_end|>done<|im_end|>'
     assert trained(example, tokenizer) == wanted
 
 
