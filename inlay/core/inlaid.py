@@ -21,7 +21,12 @@ class Adapted(Base):
     def __init__(self, adapter: Adapter, below: Base) -> None:
         """Set `adapter` over `below`."""
         self.adapter, self.below = adapter, below
-        self.module, self.kind, self.shape = below.module, below.kind, below.shape
+        self.module, self.kind = below.module, below.kind
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        """The shape of the layer at the bottom."""
+        return self.below.shape
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what the adapter computes over what lies below."""
@@ -129,7 +134,8 @@ class Inlaid(Host):
             )
         out: Tensor | None = None
         for name, index in self.selection.groups(len(x), x.device).items():
-            part = self.stack((name,))(x.index_select(0, index))
+            with self.selection.alone(name):  # a block may hold hosts of its own
+                part = self.stack((name,))(x.index_select(0, index))
             if not isinstance(part, Tensor):
                 raise UserError(
                     f"{type(self.base_layer).__name__} returns {type(part).__name__}: only a layer that returns one "
@@ -168,10 +174,11 @@ class Inlaid(Host):
         """Put the kept original back: the same parameter objects, bit for bit, ties included."""
         if self._kept is None:
             return
-        device = self.base.device
-        for parameter in self._kept.values():
-            if parameter is not None and parameter.device != device:
-                parameter.data = parameter.data.to(device)  # the model moved while it was merged
+        for name, parameter in self._kept.items():
+            merged = self.base_layer._parameters[name]
+            if parameter is not None and merged is not None:
+                # the model may have been moved or converted while it was merged
+                parameter.data = parameter.data.to(merged.device, merged.dtype)
         self.base_layer._parameters.clear()
         self.base_layer._parameters.update(self._kept)
         self._kept = None

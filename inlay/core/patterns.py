@@ -30,7 +30,7 @@ MOST_REPEATS = 1_000
 MOST_EXPRESSIONS = 1_000
 """Expressions one field may hold."""
 MOST_NAMES = 100_000
-"""Names one field may hold; looking one up does not depend on how many there are."""
+"""Names one field may hold; what looking one up takes does not depend on how many there are."""
 
 T = TypeVar("T")
 
@@ -163,10 +163,10 @@ def _timed(how: str, expression: str, path: str) -> regex.Match[str] | None:
             raise TimeoutError
         found: regex.Match[str] | None = getattr(compiled(expression), how)(path, timeout=limit)
     except TimeoutError:
-        together = "" if limit == SECONDS else f", together with others more than {BUDGET} s,"
+        together = "" if limit == SECONDS else f" (all patterns together: {BUDGET} s)"
         raise UserError(
-            f"the pattern {expression[:80]!r} took too long on {path!r} (over {limit:.2g} s"
-            f"{together}): write it without nested repetition, or use a list of names"
+            f"the pattern {expression[:80]!r} took more than {max(limit, 0):.2g} s on "
+            f"{path[:200]!r}{together}: write it without nested repetition, or use names"
         ) from None
     finally:
         if left is not None:

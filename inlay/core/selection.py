@@ -76,6 +76,10 @@ class Selection:
         finally:
             self._active, self._rows, self._groups = before
 
+    def alone(self, name: str) -> AbstractContextManager[None]:
+        """Return the context in which every row takes the one adapter, or `__base__`."""
+        return _As(self, () if name == BASE else (name,), None)
+
     def groups(self, batch: int, device: torch.device) -> dict[str, Tensor]:
         """Return for each adapter in `rows` the indices of its rows in a batch of `batch` rows.
 
@@ -105,11 +109,11 @@ class Selection:
         A layer recomputed in the backward pass must see the adapters it saw in the forward pass; without this, a switch
         in between gives wrong gradients with no message.
         """
-        return contextlib.nullcontext(), _Again(self, self._active, self._rows)
+        return contextlib.nullcontext(), _As(self, self._active, self._rows)
 
 
-class _Again:
-    """The selection as it was: a context that may be entered any number of times, as two backward passes do."""
+class _As:
+    """A selection for a while; may be entered any number of times, as two backward passes do."""
 
     def __init__(
         self, selection: Selection, active: tuple[str, ...], rows: tuple[str, ...] | None
