@@ -18,8 +18,16 @@ import sys
 import time
 from pathlib import Path
 
+# imported here, once, and not in every fork: what a run imports while it goes
+import matplotlib.backends.backend_agg
+import rich.table
+import transformers.models.auto.modeling_auto
+import transformers.models.llama.modeling_llama
+
 from inlay.cli import main as inlay
 from inlay.run import Run
+
+IMPORTED = (matplotlib, rich, transformers)
 
 STEPS = 6
 RECIPE = """
