@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -69,15 +69,27 @@ class ChatEncoder:
         stay the same character for character; only the tokenizer is kept from seeing them whole.
         """
         count = 0
+
+        def plain(value: Any, pattern: re.Pattern[str]) -> Any:
+            nonlocal count
+            if isinstance(value, str):
+                value, found = pattern.subn(_cut, value)
+                count += found
+            elif isinstance(value, Mapping):
+                value = {plain(key, pattern): plain(inner, pattern) for key, inner in value.items()}
+            elif isinstance(value, list | tuple):
+                value = type(value)(plain(inner, pattern) for inner in value)
+            return value
+
         neutral = []
         for message in messages:
-            pattern = self.template.special
-            if message.role == "assistant":
-                pattern = self.template.control
-            content, found = pattern.subn(_cut, message.content)
-            reasoning, more = pattern.subn(_cut, message.reasoning)
-            count += found + more
-            neutral.append(replace(message, content=content, reasoning=reasoning))
+            own = message.role == "assistant"
+            pattern = self.template.control if own else self.template.special
+            texts = {
+                name: plain(getattr(message, name), pattern)
+                for name in ("content", "reasoning", "tool_calls")
+            }
+            neutral.append(replace(message, **texts))
         return neutral, count
 
     def _render(self, row: Chat, messages: Sequence[Message], trained: set[int]) -> list[Example]:

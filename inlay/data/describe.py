@@ -71,6 +71,11 @@ def _template(prepared: Prepared) -> list[str]:
         lines.append(f"note: generation is given {template.surplus!r}, which the rows do not hold")
     if template.default_system:
         lines.append(f"system prompt written by the template: {template.default_system!r}")
+    if template.dates:
+        lines.append(
+            f"note: the template writes today's date ({template.dates[0]!r}), so that a run on "
+            "another day differs; data.chat_template_kwargs may set it"
+        )
     if any(entry.reason.startswith("the template rewrites") for entry in prepared.entries):
         lines.append("the template rewrites earlier turns: one example for each trained turn")
     return lines

@@ -13,6 +13,7 @@ from inlay.data.rows import Chat, Completion, Message, Row, Source, Text
 
 LISTS = ("messages", "conversations", "conversation", "dialog")
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("query", "response"))
+KEYS = {"instruction": "alpaca", "text": "text"}
 # Stanford Alpaca's two preambles (tatsu-lab/stanford_alpaca, train.py)
 PREAMBLE = "Below is an instruction that describes a task"
 WITH_INPUT = ", paired with an input that provides further context"
@@ -21,21 +22,14 @@ REQUEST = ". Write a response that appropriately completes the request.\n\n"
 
 def recognize(raw: Mapping[str, Any], source: Source) -> str:
     """Return the format of a record by its keys; raises UserError where none fits."""
-    if "chosen" in raw or "rejected" in raw or "rejected_response" in raw:
+    if any(raw.get(key) is not None for key in ("chosen", "rejected", "rejected_response")):
         raise source.error(
             "this row holds a preference (chosen, rejected), which supervised fine-tuning cannot "
             "use; give rows with messages, or with prompt and completion"
         )
-    for key in LISTS:
-        if isinstance(raw.get(key), list):
-            first = raw[key][0] if raw[key] else {}
-            return "sharegpt" if isinstance(first, Mapping) and "from" in first else "messages"
-    if any(a in raw and b in raw for a, b in PAIRS):
-        return "prompt_completion"
-    if "instruction" in raw:
-        return "alpaca"
-    if "text" in raw:
-        return "text"
+    found = _recognize(raw)
+    if found is not None:
+        return found
     known = [*LISTS, "prompt", "completion", "instruction", "output", "text"]
     hints = [nearest(key, known) for key in raw]
     raise source.error(
@@ -45,13 +39,30 @@ def recognize(raw: Mapping[str, Any], source: Source) -> str:
     )
 
 
+def recognizes(value: Any) -> bool:
+    """Return whether `value` is a record of a known format."""
+    return isinstance(value, Mapping) and _recognize(value) is not None
+
+
+def _recognize(raw: Mapping[str, Any]) -> str | None:
+    for key in LISTS:
+        if isinstance(raw.get(key), list):
+            first = raw[key][0] if raw[key] else {}
+            return "sharegpt" if isinstance(first, Mapping) and "from" in first else "messages"
+    if any(a in raw and b in raw for a, b in PAIRS):
+        return "prompt_completion"
+    return next((name for key, name in KEYS.items() if key in raw), None)
+
+
 def messages(raw: Mapping[str, Any], source: Source) -> Chat:
     """{"messages": [{"role", "content"}, ...], "tools": [...]}; also sharegpt's from and value."""
     key = next((key for key in LISTS if key in raw), "messages")
     turns = parse_messages(_required(raw, key, source), source)
-    system = raw.get("system")
-    if isinstance(system, str) and system and turns[0].role != "system":
+    system = _text(raw, "system", source) if raw.get("system") else ""
+    if system and turns[0].role != "system":
         turns = (Message("system", system), *turns)
+    elif system and turns[0].content != system:
+        raise source.error("the row has two system prompts, a field and a message; keep one")
     return _chat(turns, raw, source)
 
 
@@ -88,6 +99,9 @@ def prompt_completion(raw: Mapping[str, Any], source: Source) -> Chat | Completi
         before = [replace(turn, train=False) for turn in parse_messages(prompt, source)]
         return _chat((*before, *parse_messages(completion, source)), raw, source)
     prompt, completion = _text(raw, first, source), _text(raw, second, source)
+    for key in ("system", "tools"):
+        if raw.get(key):
+            raise source.error(f"{key} has no place beside a plain {first}; give lists of messages")
     if not completion:
         raise source.error(f"{second} is empty, so that there is nothing to train; remove the row")
     return Completion(prompt, completion, source)

@@ -7,8 +7,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from inlay.core.errors import UserError
 from inlay.data.encode import Encoded
 from inlay.data.rows import Row
 
@@ -48,21 +50,33 @@ class Entry:
 
 
 def write_ledger(path: Path, entries: Sequence[Entry]) -> None:
-    """Write the entries as JSON lines, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w", encoding="utf-8") as file:
-        for entry in entries:
-            file.write(json.dumps(dataclasses.asdict(entry), ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    """Write the entries as JSON lines, whole or not at all.
+
+    Raises UserError where the disk is full or refuses; what stood at `path` before stays.
+    """
+    lines = (json.dumps(dataclasses.asdict(entry), ensure_ascii=False) + "\n" for entry in entries)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free some space, or give another "
+            "output_dir"
+        ) from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def read_ledger(path: Path) -> list[Entry]:
     """Return the entries of a ledger that write_ledger wrote."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [Entry(**json.loads(line)) for line in lines]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [Entry(**json.loads(line)) for line in lines if line]
 
 
 def reasons(entries: Sequence[Entry]) -> list[tuple[str, int]]:

@@ -147,7 +147,7 @@ def _is_json(value: Any) -> bool:
         return False
     try:
         json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return True
 

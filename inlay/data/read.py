@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import csv
-import json
+import gzip
+import io
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from inlay.core.errors import UserError, nearest
-from inlay.data.formats import FORMATS, recognize
-from inlay.data.rows import Row, Source
-
-Raw = tuple[dict[str, Any], Source]
+from inlay.data.formats import FORMATS, LISTS, recognize
+from inlay.data.jsons import json_rows, loads
+from inlay.data.rows import Raw, Row, Source
 
 
 def read_rows(
@@ -60,22 +61,57 @@ def raw_rows(
     """Yield each record of a file or hub data set as a dict with its place."""
     file = Path(path).expanduser()
     if file.is_dir():
-        inside = sorted(p.name for p in file.iterdir() if p.suffix in READERS)[:5]
-        hint = f"; it holds {', '.join(inside)}" if inside else " without data files"
-        raise UserError(f"{path}: this is a directory{hint}; give a file, or a list of files")
+        return _folder_rows(file, name=name, split=split, revision=revision)
+    suffix = _suffix(file)
     if not file.exists():
-        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and file.suffix not in READERS:
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and suffix not in READERS:
             return hub_rows(path, name=name, split=split, revision=revision)
         here = file.parent if file.parent.is_dir() else Path()
         raise UserError(
             f"{path}: no such file.{nearest(file.name, [p.name for p in here.iterdir()])}"
         )
-    reader = READERS.get(file.suffix)
-    if reader is None:
-        raise UserError(
-            f"{path}: {file.suffix or 'no suffix'!r} is not one of {', '.join(READERS)}"
-        )
-    return reader(file)
+    if suffix not in READERS:
+        raise UserError(f"{path}: {suffix or 'no suffix'!r} is not one of {', '.join(READERS)}")
+    return _opened(file, READERS[suffix])
+
+
+def _opened(file: Path, reader: Callable[[Path], Iterator[Raw]]) -> Iterator[Raw]:
+    try:
+        yield from reader(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+
+
+def _suffix(file: Path) -> str:
+    """Return the suffix in small letters; .gz with the one before it."""
+    last = file.suffix.lower()
+    return "".join(file.suffixes[-2:]).lower() if last == ".gz" else last
+
+
+def _folder_rows(
+    folder: Path, *, name: str | None, split: str, revision: str | None
+) -> Iterator[Raw]:
+    """Yield the records of a folder that is laid out as on the hub, or that datasets saved."""
+    held = sorted(p.name for p in folder.iterdir())
+    if "dataset_dict.json" in held or "state.json" in held:
+        return _saved_rows(folder, split)
+    is_hub = "README.md" in held or (folder / "data").is_dir()
+    files = [entry for entry in held if _suffix(folder / entry) in READERS]
+    if is_hub or any(entry.endswith(".parquet") for entry in files):
+        return hub_rows(str(folder), name=name, split=split, revision=revision)
+    hint = f"; it holds {', '.join(files[:5])}" if files else " without data files"
+    raise UserError(f"{folder}: this is a directory{hint}; give a file, or a list of files")
+
+
+def _saved_rows(folder: Path, split: str) -> Iterator[Raw]:
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+        found = found[split] if isinstance(found, datasets.DatasetDict) else found
+    except Exception as error:  # Arrow's errors, missing files, an unknown split
+        raise UserError(f"{folder}: cannot be read as a saved data set: {error}") from error
+    return _numbered(found, f"{folder}[{split}]")
 
 
 def hub_rows(
@@ -99,75 +135,47 @@ def hub_rows(
 
 
 def _jsonl(file: Path) -> Iterator[Raw]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            source = Source(str(file), number)
-            text = _decoded(line, source).strip()
-            if text:
-                yield _object(_loads(text, source), source), source
+    number = 0
+    try:
+        with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as lines:
+            # lines end at a line feed only: JSON texts may hold U+2028 and the like
+            for number, line in enumerate(lines, 1):
+                source = Source(str(file), number)
+                text = decoded(line, source).strip()
+                if text:
+                    yield _object(loads(text, source), source), source
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise Source(str(file), number + 1).error(f"broken gzip: {error}") from None
 
 
 def _json(file: Path) -> Iterator[Raw]:
-    """Read an array one element at a time, so that each keeps its line."""
-    text = _decoded(file.read_bytes(), Source(str(file), 1))
-    at, line, decoder = 0, 1, json.JSONDecoder()
-
-    def skip(at: int, pattern: str) -> int:
-        nonlocal line
-        space = re.compile(pattern).match(text, at)
-        assert space is not None
-        line += space.group().count("\n")
-        return space.end()
-
-    at = skip(at, r"\s*")
-    if at == len(text):
-        return
-    if text[at] != "[":
-        raise Source(str(file), line).error(
-            "the file must hold an array [...] of rows; one object a line is .jsonl"
-        )
-    at = skip(at + 1, r"\s*")
-    while at < len(text) and text[at] != "]":
-        source = Source(str(file), line)
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise Source(str(file), error.lineno).error(_broken(error)) from None
-        except RecursionError:
-            raise source.error("the JSON is nested too deeply") from None
+    for value, source in json_rows(decoded(file.read_bytes(), Source(str(file), 1)), str(file)):
         yield _object(value, source), source
-        line += text.count("\n", at, end)
-        at = skip(end, r"\s*")
-        if at < len(text) and text[at] not in ",]":
-            raise Source(str(file), line).error("broken JSON: a comma is missing between two rows")
-        at = skip(at, r"[\s,]*")
-    if at >= len(text):
-        raise Source(str(file), line).error("broken JSON: the array is not closed; is it cut off?")
 
 
 def _csv(file: Path) -> Iterator[Raw]:
     # the library's limit of 131072 characters a cell is shorter than a long document
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        rows = csv.DictReader(lines, strict=True)
-        line = 1
-        try:
-            for raw in rows:
-                source = Source(str(file), line + 1)
-                line = rows.line_num
-                if None in raw or None in raw.values():
-                    raise source.error(
-                        f"the row has {'more' if None in raw else 'fewer'} cells than the header"
-                    )
-                yield {key: _cell(value, source) for key, value in raw.items()}, source
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise Source(str(file), rows.line_num + 1).error(f"broken CSV: {error}") from None
+    text = decoded(file.read_bytes(), Source(str(file), 1))
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    try:
+        for raw in rows:
+            source = Source(str(file), line + 1)
+            line = rows.line_num
+            if None in raw or None in raw.values():
+                raise source.error(
+                    f"the row has {'more' if None in raw else 'fewer'} cells than the header"
+                )
+            yield {key: _cell(key, value, source) for key, value in raw.items()}, source
+    except csv.Error as error:
+        raise Source(str(file), rows.line_num + 1).error(f"broken CSV: {error}") from None
 
 
-def _cell(value: str, source: Source) -> Any:
-    """Return a list of messages or tools written as JSON in a cell as that list."""
-    if value.startswith("[{") and value.endswith("}]"):
-        return _loads(value, source)
+def _cell(key: str, value: str, source: Source) -> Any:
+    """Return the list that a cell of messages, tools or history holds as JSON; else the text."""
+    if key in (*LISTS, "tools", "history") and value.lstrip().startswith("["):
+        return loads(value, source)
     return value
 
 
@@ -187,15 +195,16 @@ def _parquet(file: Path) -> Iterator[Raw]:
 
 
 def _txt(file: Path) -> Iterator[Raw]:
-    text = _decoded(file.read_bytes(), Source(str(file), 1))
+    text = decoded(file.read_bytes(), Source(str(file), 1))
     if text.strip():
         yield {"text": text}, Source(str(file), 1)
 
 
 def _numbered(records: Iterable[Any], name: str) -> Iterator[Raw]:
     for number, record in enumerate(records, 1):
-        # Arrow gives every struct the keys of all rows, null where a row had none
-        yield {key: _without_nulls(value) for key, value in record.items()}, Source(name, number)
+        # Arrow gives every row and struct the keys of all, null where one had none
+        given = {key: value for key, value in record.items() if value is not None}
+        yield {key: _without_nulls(value) for key, value in given.items()}, Source(name, number)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -209,7 +218,8 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _decoded(data: bytes, source: Source) -> str:
+def decoded(data: bytes, source: Source) -> str:
+    """Return the text of UTF-8 `data`, which begins at `source`; raises UserError with the line."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -219,27 +229,15 @@ def _decoded(data: bytes, source: Source) -> str:
         ) from None
 
 
-def _loads(text: str, source: Source) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise source.error(_broken(error)) from None
-    except RecursionError:
-        raise source.error("the JSON is nested too deeply") from None
-
-
-def _broken(error: json.JSONDecodeError) -> str:
-    return f"broken JSON at column {error.colno}: {error.msg}"
-
-
 def _object(value: Any, source: Source) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
-    raise source.error(f"a row is an object {{...}}, not {json.dumps(value)[:60]}")
+    raise source.error(f"a row is an object {{...}}, not {str(value)[:60]}")
 
 
 READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {
     ".jsonl": _jsonl,
+    ".jsonl.gz": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,
     ".csv": _csv,

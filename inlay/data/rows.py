@@ -108,6 +108,8 @@ class Text:
 
 
 Row = Chat | Completion | Text
+Raw = tuple[dict[str, Any], Source]
+"""A record as a file holds it, and its place."""
 
 
 def digest(*parts: Any, source: Source) -> str:

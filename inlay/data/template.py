@@ -6,9 +6,9 @@ says when no system prompt is given and how an answer is asked for are read off 
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
-import os.path
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -205,6 +205,13 @@ class Template:
             return plain[len(before) : len(before) + inside].strip()
         return ""
 
+    @functools.cached_property
+    def dates(self) -> list[str]:
+        """Today's dates that the template writes by itself (Llama 3.1, gpt-oss)."""
+        today = datetime.date.today()
+        forms = ("%d %b %Y", "%d %B %Y", "%B %d, %Y", "%Y-%m-%d", "%d-%m-%Y", "%m/%d/%Y")
+        return [said for said in map(today.strftime, forms) if said in self.probe]
+
     def turn(self, asked: str, answered: str) -> tuple[int, int]:
         """Return where the trained text of a turn begins and ends in `answered`.
 
@@ -249,7 +256,9 @@ class Template:
         """Return where the two part, moved back to the end of a special token or of a word."""
         if answered.startswith(asked):
             return len(asked)
-        start = len(os.path.commonprefix([asked, answered]))
+        pairs = enumerate(zip(asked, answered, strict=False))
+        shorter = min(len(asked), len(answered))
+        start = next((i for i, (one, other) in pairs if one != other), shorter)
         ends = tuple(self.specials)
         while start and not (answered[start - 1].isspace() or answered.endswith(ends, 0, start)):
             start -= 1

@@ -125,7 +125,15 @@ BROKEN = {
     "b.json": (b'[{"text": "x"},\n\n{"text": }]', r"b.json:3: broken JSON at column 10"),
     "comma.json": (b'[{"text": "x"}\n{"text": "y"}]', r"comma.json:2: .*comma is missing"),
     "open.json": (b'[{"text": "x"},\n', r"open.json:2: .*array is not closed"),
-    "object.json": (b'{"text": "x"}', r"object.json:1: the file must hold an array"),
+    "lists.json": (
+        b'{"a": [{"text": "x"}], "b": [{"text": "y"}]}',
+        r"lists.json:1: .*2 lists \(a, b",
+    ),
+    "more.json": (
+        b'[{"text": "x"}]\n{"text": "y"}',
+        r"more.json:2: .*follows the end of the array",
+    ),
+    "second.json": (b'{"text": "x"}\n{"text": }', r"second.json:2: broken JSON at column 10"),
     "list.jsonl": (b"[1]\n", r"list.jsonl:1: a row is an object"),
     "latin.jsonl": (b'{"text": "x"}\n{"text": "\xe9"}', r"latin.jsonl:2: byte 0xe9 is not UTF-8"),
     "more.csv": (b"text\na\nb,c\n", r"more.csv:3: the row has more cells"),
