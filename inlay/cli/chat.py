@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(talk.where())
     while (line := _ask()) is not None:
         if not line.startswith("/"):
-            talk.answer(line)
+            _answer(talk, line)
         elif talk.command(line) == "quit":
             break
     return 0
@@ -57,24 +57,28 @@ def run(arguments: argparse.Namespace) -> int:
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Return the model and tokenizer that the arguments name."""
     from inlay.model.load import load_base
-    from inlay.run.opening import kind_of, named, open_adapters, open_trained
+    from inlay.run.opening import is_hub_id, kind_of, named, open_adapters, open_trained
 
     given = {"device": arguments.device} if arguments.device else {}
     adapters, source = list(arguments.adapter), arguments.source
     if source is not None and adapters:
-        # a run beside others is its adapter
-        run_folder = f"{source}/adapter" if kind_of(source) == "run" else source
-        adapters.insert(0, run_folder)
+        adapters.insert(0, source)
     if adapters:
-        places = named(adapters)
-        places = {n: f"{p}/adapter" if kind_of(p) == "run" else p for n, p in places.items()}
+        places = {name: _of_run(place) for name, place in named(adapters).items()}
         return open_adapters(places, arguments.base_model, **given)
-    if source is None or kind_of(source) == "model":
+    if source is None or (not is_hub_id(source) and kind_of(source) == "model"):
         model, tokenizer = load_base(source or arguments.base_model, **given)
         if tokenizer is None:
             raise UserError(f"{source or arguments.base_model} has no tokenizer")
         return model, tokenizer
     return open_trained(source, arguments.base_model, **given)
+
+
+def _of_run(place: str) -> str:
+    """Return the adapter's folder where `place` is that of its run."""
+    from inlay.run.opening import is_hub_id, kind_of
+
+    return f"{place}/adapter" if not is_hub_id(place) and kind_of(place) == "run" else place
 
 
 class Talk:
@@ -88,6 +92,9 @@ class Talk:
         self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
         self.template = Template(tokenizer) if tokenizer.chat_template else None
         self.stops = stop_ids(model, tokenizer, self.template)
+        # a template may end a turn with text that is no token of its own
+        by_text = self.template is not None and self.template.stop_id is None
+        self.end = self.template.stop.strip() if self.template and by_text else ""
         self.system = [Message("system", arguments.system)] if arguments.system else []
         self.said: list[Any] = []
         self.names = list(model.roster.names) if hasattr(model, "roster") else []
@@ -151,6 +158,7 @@ class Talk:
             eos_token_id=self.stops or None,
             pad_token_id=self.tokenizer.pad_token_id or min(self.stops, default=0),
             **({"temperature": self.arguments.temperature} if warm else {}),
+            stop_strings=[self.end] if self.end else None,
         )
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         base = self.model.disable_adapter() if self.names and self.off else nullcontext()
@@ -160,10 +168,10 @@ class Talk:
                 attention_mask=torch.ones_like(ids),
                 generation_config=settings,
                 streamer=streamer,
+                tokenizer=self.tokenizer,
             )
-        return str(
-            self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
-        ).strip()
+        text = str(self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+        return (text.partition(self.end)[0] if self.end else text).strip()
 
     def _ids(self) -> Any:
         import torch
@@ -180,6 +188,16 @@ class Talk:
                 raise UserError(f"the chat template refuses this conversation: {error}") from error
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor([ids], device=device_of(self.model))
+
+
+def _answer(talk: Talk, line: str) -> None:
+    """Answer; Ctrl-C ends the answer and a mistake is told, and the conversation goes on."""
+    try:
+        talk.answer(line)
+    except KeyboardInterrupt:
+        print("\n(interrupted)")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
 
 
 def _ask() -> str | None:

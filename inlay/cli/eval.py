@@ -10,6 +10,7 @@ Without --data the rows are those that the run held out.
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from typing import Any
 
 from inlay.core.errors import UserError
@@ -30,14 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure both sides and print them."""
     from inlay.config.schema import RunConfig
-    from inlay.run.folder import Run
+    from inlay.model.load import load_base
+    from inlay.run.folder import Run, base_arguments
     from inlay.run.opening import kind_of, open_trained
 
     kind = kind_of(arguments.source)
     config = Run.open(arguments.source).config if kind == "run" else RunConfig()
     data = rows_to_measure(config, arguments.data) if kind in ("run", "adapter") else None
     model, tokenizer = open_trained(arguments.source, arguments.base_model)
-    found = measure(model, tokenizer, config, data, arguments)
+    # after full fine-tuning the base is another model, not this one without its adapter
+    full = None if hasattr(model, "disable_adapter") else load_base(**base_arguments(config))[0]
+    found = measure(model, full, tokenizer, config, data, arguments)
     show(found, config.evaluate.shown, as_json=arguments.json)
     return 0
 
@@ -54,7 +58,12 @@ def rows_to_measure(config: Any, file: str | None) -> Any:
 
 
 def measure(
-    model: Any, tokenizer: Any, config: Any, data: Any, arguments: argparse.Namespace
+    model: Any,
+    other_base: Any,
+    tokenizer: Any,
+    config: Any,
+    data: Any,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """Return {"held_out", "base", "adapter"}, as evaluation.json has it."""
     from dataclasses import replace
@@ -72,18 +81,15 @@ def measure(
     precision = choose(config.train.precision, model)
     size = config.train.eval_batch_size or config.train.micro_batch_size
 
-    def side() -> dict[str, Any]:
+    def side(model: Any) -> dict[str, Any]:
         loss = measure_loss(model, tokenizer, config.objective, examples, size, precision)
         return loss | measure_answers(
             model, tokenizer, rows, evaluate, precision, prepared.template
         )
 
-    found: dict[str, Any] = {"held_out": len(examples), "base": None}
-    if hasattr(model, "disable_adapter"):
-        with model.disable_adapter():
-            found["base"] = side()
-    found["adapter"] = side()
-    return found
+    with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
+        base = side(other_base or model)
+    return {"held_out": len(examples), "base": base, "adapter": side(model)}
 
 
 def show(found: dict[str, Any], shown: int, *, as_json: bool) -> None:

@@ -27,13 +27,18 @@ def kind_of(folder: str | Path) -> Kind:
     return next((kind for kind, file in marks.items() if (folder / file).is_file()), "unknown")
 
 
+def is_hub_id(place: str) -> bool:
+    """Return whether `place` can only be the name of a repository on the hub."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place)) and not Path(place).exists()
+
+
 def open_trained(place: str, base_model: str | None = None, **arguments: Any) -> tuple[Any, Any]:
-    """Return (model, tokenizer) of a run or an adapter's folder, ready to generate.
+    """Return (model, tokenizer) of a run or an adapter (a folder, a hub id), ready to generate.
 
     base_model: in place of the base that it names; arguments: more for `load_base`. Raises
     UserError for any other folder.
     """
-    kind = kind_of(place)
+    kind = "adapter" if is_hub_id(place) else kind_of(place)
     if kind == "run":
         from inlay.run.folder import Run
 
@@ -56,24 +61,22 @@ def open_adapters(
 
     The tokenizer is that of the first adapter's folder, else the base's.
     """
-    from inlay.checkpoint.folder import read_config
+    from inlay.checkpoint.folder import fetch, read_config
     from inlay.model.load import load_base, load_tokenizer
     from inlay.surface.peft_model import PeftModel
 
-    for place in places.values():
-        if kind_of(place) != "adapter":
-            raise UserError(f"{place} is no adapter: it has no adapter_config.json")
-    first, *others = places
-    settings = read_config(Path(places[first]).expanduser())
+    folders = {name: fetch(place) for name, place in places.items()}
+    first, *others = folders
+    settings = read_config(folders[first])
     name = base_model or settings.base_model_name_or_path
     if base_model is None:
         arguments.setdefault("revision", settings.revision)
     base, tokenizer = load_base(name, **arguments)
-    model = PeftModel.from_pretrained(base, Path(places[first]).expanduser(), first)
+    model = PeftModel.from_pretrained(base, folders[first], first)
     for other in others:
-        model.load_adapter(Path(places[other]).expanduser(), other)
+        model.load_adapter(folders[other], other)
     model.set_adapter(first, inference_mode=True)
-    return model.eval(), load_tokenizer(Path(places[first]).expanduser()) or tokenizer
+    return model.eval(), load_tokenizer(folders[first]) or tokenizer
 
 
 def named(words: Sequence[str]) -> dict[str, str]:

@@ -251,3 +251,42 @@ def test_a_run_that_is_not_finished_says_how_to_finish_it(inlay, trained):
         assert code == 2
         assert "inlay train half/config.yaml goes on" in errors
     assert "not finished" in inlay("info", "half")[1]
+
+
+def test_eval_of_a_full_fine_tuning_measures_the_base_it_began_from(inlay):
+    from tests.cli.conftest import SMALL
+
+    assert inlay("train", "--data", "chats.jsonl", "--adapter", "full", *SMALL)[0] == 0
+    code, out, _ = inlay("eval", "runs/chats", "--json")
+    assert code == 0
+    found, expected = json.loads(out), Run.open("runs/chats").evaluation
+    for side in ("base", "adapter"):
+        assert found[side]["loss"] == pytest.approx(expected[side]["loss"], abs=1e-5)
+    assert inlay("merge", "runs/chats", "merged")[0] == 0
+    assert "full" in inlay("info", "runs/chats")[1]
+
+
+def test_what_is_neither_here_nor_on_the_hub_is_told(inlay):
+    for words in (["chat", "runs/nope", "--prompt", "x"], ["merge", "runs/nope", "out"]):
+        code, _, errors = inlay(*words)
+        assert code == 2
+        assert "runs/nope is no folder here" in errors
+
+
+def test_an_answer_that_is_interrupted_is_forgotten_and_the_talk_goes_on(inlay, monkeypatch):
+    from inlay.cli.chat import Talk
+
+    generate, calls = Talk._generate, []
+
+    def interrupted(self):
+        calls.append([message.content for message in self.said])
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return generate(self)
+
+    monkeypatch.setattr(Talk, "_generate", interrupted)
+    say(monkeypatch, "one", "two")
+    code, out, _ = inlay("chat", "--max_new_tokens", "2")
+    assert code == 0
+    assert "(interrupted)" in out
+    assert calls == [["one"], ["two"]]
