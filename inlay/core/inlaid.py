@@ -148,27 +148,35 @@ class Inlaid(Host):
 
     @torch.no_grad()
     def merge(self, names: tuple[str, ...], *, check: bool = False) -> None:
-        """Store the weight the named adapters mean into the base layer, and keep the original beside it.
+        """Store the weight the named adapters mean into the base layer, and keep the original.
 
-        Computed in float32 from the original weight and rounded once. With `check`, raises UserError where a value is
-        not finite, before anything is stored. Raises TypeError for an adapter no weight can say.
+        Computed in float32 from the original weight and rounded once. With `check`, raises
+        UserError where a rounded value is not finite, before anything is stored. Raises TypeError
+        for an adapter no weight can say.
         """
         assert self._kept is None, "merged twice"
         adapters = [self.adapters[n] for n in names if n in self.adapters]
-        if not adapters or isinstance(adapters[-1], Copy):
-            return  # a copy stands in the layer's place and hides what lies below: nothing to store
+        top = self._last(names)
+        if top is None or isinstance(top, Copy):
+            # a copy stands in the layer's place and hides what lies below: nothing to store
+            if check and top is not None:
+                self._finite(names, *top.parameters())
+            return
         weight, bias = self.base.weight(), self.base.bias()
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        narrow, wide = weight.dtype, torch.promote_types(weight.dtype, torch.float32)
         weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
         for adapter in adapters:
             if not isinstance(adapter, Reweight):
                 raise TypeError(f"{type(adapter).__name__} cannot be merged: no weight can say it")
             weight, bias = adapter.reweight(weight, bias)
-        if check and not all(t.isfinite().all() for t in (weight, bias) if t is not None):
-            raise UserError(f"merging {list(names)} gives values that are not finite")
-        kept = dict(self.base_layer._parameters)
+        if check:
+            self._finite(names, weight.to(narrow), bias if bias is None else bias.to(narrow))
+        self._kept = dict(self.base_layer._parameters)
         self.base.store(weight, bias)
-        self._kept = kept
+
+    def _finite(self, names: tuple[str, ...], *values: Tensor | None) -> None:
+        if not all(value.isfinite().all() for value in values if value is not None):
+            raise UserError(f"merging {list(names)} gives values that are not finite")
 
     def unmerge(self) -> None:
         """Put the kept original back: the same parameter objects, bit for bit, ties included."""

@@ -98,8 +98,8 @@ def layer(names: Sequence[str] | str | None, path: str) -> int | None:
         return int(found["index"]) if found else None
     for name in [names] if isinstance(names, str) else names:
         found = _timed("match", rf"(?:^|.*?\.){name}\.(?P<index>\d+)\.", path)
-        if found:
-            return int(found["index"])
+        if found:  # an expression with a bar of its own may match without a number
+            return int(found["index"]) if found["index"] else None
     return None
 
 
