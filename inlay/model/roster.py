@@ -274,8 +274,8 @@ class Roster:
             raise UserError(
                 f"an adapter called {name!r} exists: delete it first, or take another name"
             )
-        taken = name == BASE or hasattr(nn.ModuleDict(), str(name))
-        if taken or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", str(name)):
+        named = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)
+        if not named or name == BASE or hasattr(nn.ModuleDict(), name):
             raise UserError(
                 f"{name!r} cannot name an adapter: up to 64 letters, digits, '_' and '-', and no "
                 "name Python's dictionaries use"

@@ -158,7 +158,8 @@ def _once(paths: Collection[str], found: dict[str, nn.Module]) -> tuple[str, ...
     first: dict[int, str] = {}
     for path, module in found.items():
         first.setdefault(id(plain(module)), path)
-    return tuple(dict.fromkeys(first[id(plain(found[path]))] for path in paths))
+    chosen = {first[id(plain(found[path]))] for path in paths}
+    return tuple(path for path in found if path in chosen)
 
 
 def _looked_up(names: Sequence[str] | str | None) -> Collection[str] | str | None:

@@ -95,22 +95,21 @@ def test_a_selection_sets_right_what_was_set_by_hand(net):
     assert whole(model, "a") == {True}
 
 
-def test_switching_walks_no_module_and_asks_no_host(net, monkeypatch):
-    model, roster = net
-    plain = Roster(Net())
+def test_switching_walks_no_module_and_asks_no_host(monkeypatch):
+    roster = Roster(Net())
     for name in ("a", "b"):
-        plain.add(name, CONFIG)
-        plain.select((name,))
+        roster.add(name, CONFIG)
+        roster.select((name,))
 
     def walked(*args: object, **kwargs: object) -> None:
         raise AssertionError("walked over modules")
 
     for method in ("named_modules", "named_parameters", "modules", "children", "requires_grad_"):
         monkeypatch.setattr(nn.Module, method, walked)
-    monkeypatch.setattr(plain, "hosts", None)
+    monkeypatch.setattr(roster, "hosts", None)
     for name in ("a", "b"):
-        plain.select((name,))
-        assert plain.selection.active == (name,)
+        roster.select((name,))
+        assert roster.selection.active == (name,)
 
 
 def test_loaded_adapters_are_switched_by_one_assignment(monkeypatch):

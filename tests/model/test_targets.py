@@ -124,7 +124,7 @@ def test_the_sites_with_their_ranks_and_scales_are_pefts(settings):
         ),
         (
             {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
-            "with {'exclude_modules': .*matches no module",
+            r"with {'exclude_modules': .*matches no module",
         ),
         (
             {"target_modules": ["q_proj"], "layers_to_transform": [1, 7]},
@@ -202,7 +202,7 @@ def test_an_attribute_called_bias_that_is_no_parameter_is_none():
 
 def test_a_bias_no_layer_view_can_hold_is_refused_with_the_way_out():
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    with pytest.raises(UserError, match="'1' is a BatchNorm1d.*say bias='lora_only'"):
+    with pytest.raises(UserError, match=r"'1' is a BatchNorm1d.*say bias='lora_only'"):
         Roster(model).add("a", LoraConfig(target_modules=["0"], bias="all"))
 
 
