@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from inlay.core.errors import UserError
 from inlay.data.example import IGNORED, Encoded, Example, make_example, shorten
 from inlay.data.rows import Chat, Message
 from inlay.data.settings import DataConfig
@@ -94,10 +95,12 @@ class ChatEncoder:
 
     def _render(self, row: Chat, messages: Sequence[Message], trained: set[int]) -> list[Example]:
         """Return one example, or one a trained turn where the template rewrites history."""
+        if row.tools and not self.template.writes_tools:
+            raise self._leaves_out(row, "the tools that the row offers")
         try:
             if self.config.train_on == "all":
                 text = self.template.render(messages, row.tools)
-                check_present(text, messages, row.tools, {})
+                check_present(text, messages, {})
                 parts = [Rendered(text, ())]
             else:
                 parts = locate(self.template, messages, row.tools, trained)
@@ -107,16 +110,18 @@ class ChatEncoder:
                 "change the row, or give another template as data.chat_template"
             ) from error
         except Lost as lost:
-            what = lost.what
-            if lost.index is not None:
-                message = row.messages[lost.index]
-                said = (message.content or message.reasoning)[:40]
-                what += f" of message {lost.index + 1} ({message.role}: {said!r})"
-            raise row.source.error(
-                f"the chat template ({self.template.origin}) leaves out {what}; remove it from the "
-                "row, or give another template as data.chat_template"
+            message = row.messages[lost.index]
+            said = (message.content or message.reasoning)[:40]
+            raise self._leaves_out(
+                row, f"{lost.what} of message {lost.index + 1} ({message.role}: {said!r})"
             ) from lost
         return [self._label(part, row) for part in parts]
+
+    def _leaves_out(self, row: Chat, what: str) -> UserError:
+        return row.source.error(
+            f"the chat template ({self.template.origin}) leaves out {what}; remove it from the "
+            "row, or give another template as data.chat_template"
+        )
 
     def _label(self, part: Rendered, row: Chat) -> Example:
         ids, starts = self.tokens(part.text)

@@ -10,6 +10,8 @@ from typing import Any
 from inlay.data.formats import recognizes
 from inlay.data.rows import Source
 
+TOO_LONG = "a number has thousands of digits; write it as a text"
+
 
 def loads(text: str, source: Source) -> Any:
     """Return the value of `text`, which stands at `source`; raises UserError where it is broken."""
@@ -17,8 +19,8 @@ def loads(text: str, source: Source) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise source.error(_broken(error)) from None
-    except ValueError as error:  # a number of more digits than Python converts
-        raise source.error(f"the JSON cannot be read: {error}") from None
+    except ValueError:  # more digits than Python converts
+        raise source.error(TOO_LONG) from None
     except RecursionError:
         raise source.error("the JSON is nested too deeply") from None
 
@@ -110,8 +112,8 @@ class _Cursor:
             value, end = self.decoder.raw_decode(self.text, self.at)
         except json.JSONDecodeError as error:
             raise Source(self.file, error.lineno).error(_broken(error)) from None
-        except ValueError as error:
-            raise source.error(f"the JSON cannot be read: {error}") from None
+        except ValueError:
+            raise source.error(TOO_LONG) from None
         except RecursionError:
             raise source.error("the JSON is nested too deeply") from None
         self._move(end)

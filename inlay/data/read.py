@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
 import re
 import sys
 import zlib
@@ -108,9 +109,12 @@ def _saved_rows(folder: Path, split: str) -> Iterator[Raw]:
 
     try:
         found = datasets.load_from_disk(str(folder))
-        found = found[split] if isinstance(found, datasets.DatasetDict) else found
-    except Exception as error:  # Arrow's errors, missing files, an unknown split
+    except Exception as error:  # Arrow's errors, of several kinds
         raise UserError(f"{folder}: cannot be read as a saved data set: {error}") from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise UserError(f"{folder}: data.split={split!r} is not one of {', '.join(found)}")
+        found = found[split]
     return _numbered(found, f"{folder}[{split}]")
 
 
@@ -232,7 +236,7 @@ def decoded(data: bytes, source: Source) -> str:
 def _object(value: Any, source: Source) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
-    raise source.error(f"a row is an object {{...}}, not {str(value)[:60]}")
+    raise source.error(f"a row is an object {{...}}, not {json.dumps(value)[:60]}")
 
 
 READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {

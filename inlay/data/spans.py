@@ -39,9 +39,9 @@ class Rendered:
 
 
 class Lost(Exception):
-    """The template leaves out `what` of the message at `index`, or of the whole (None)."""
+    """The template leaves out `what` of the message at `index`."""
 
-    def __init__(self, index: int | None, what: str) -> None:
+    def __init__(self, index: int, what: str) -> None:
         super().__init__(index, what)
         self.index, self.what = index, what
 
@@ -61,7 +61,7 @@ def locate(
             text,
             tuple((*spans[k], messages[k].weight) for k in sorted(spans) if k in trained),
         )
-        check_present(text, messages, tools, {k: spans[k] for k in trained})
+        check_present(text, messages, {k: spans[k] for k in trained})
         return [whole]
     examples = []
     for k in sorted(trained):
@@ -69,7 +69,7 @@ def locate(
         part = template.render(messages[: k + 1], tools)
         start, end = _turn(template, messages, tools, k, part)
         example = Rendered(part, ((start, end, messages[k].weight),))
-        check_present(part, messages[: k + 1], tools, {k: (start, end)})
+        check_present(part, messages[: k + 1], {k: (start, end)})
         examples.append(example)
     return examples
 
@@ -210,21 +210,12 @@ def _turn(
     return template.turn(prompt, part)
 
 
-def check_present(
-    text: str,
-    messages: Sequence[Message],
-    tools: Sequence[Any],
-    trained: Mapping[int, Span],
-) -> None:
-    """Raise Lost for what a message says, or a tool, that the template did not write into `text`.
+def check_present(text: str, messages: Sequence[Message], trained: Mapping[int, Span]) -> None:
+    """Raise Lost for what a message says that the template did not write into `text`.
 
     Roles that the template does not know are the usual reason, and it drops them without a word;
-    many templates know no tools.
+    many templates know no tool calls.
     """
-    for tool in tools:
-        name = tool.get("function", tool).get("name")
-        if isinstance(name, str) and name not in text:
-            raise Lost(None, f"the tool {name!r}, which the row offers")
     at = 0
     for i, message in enumerate(messages):
         wanted = message.content.strip()

@@ -43,30 +43,36 @@ CALLED = {"name": "Nprobe7", "arguments": {"Kprobe7": "Vprobe7"}}
 CALLS = Message(
     "assistant", "", tool_calls=({"id": "Iprobe777", "type": "function", "function": CALLED},)
 )
+OFFER = {
+    "type": "function",
+    "function": {
+        "name": "Oprobe7",
+        "description": "D",
+        "parameters": {
+            "type": "object",
+            "properties": {"x": {"type": "string", "description": "D"}},
+            "required": ["x"],
+        },
+    },
+}
 
 
 @dataclass(frozen=True)
 class CallForm:
-    """How a turn with tool calls is handed to a template."""
+    """How tool calls are handed to a template."""
 
     as_text: bool
     """The arguments are JSON text, not an object."""
-    null: bool
-    """A turn that only calls has null for its content, not an empty text."""
 
     def fields(self, message: Message) -> dict[str, Any]:
         """Return what the template reads of `message`."""
         fields = message.fields()
-        if not message.tool_calls:
-            return fields
-        if self.null and not message.content:
-            fields["content"] = None
-        if self.as_text:
+        if self.as_text and message.tool_calls:
             fields["tool_calls"] = [_with_text(call) for call in fields["tool_calls"]]
         return fields
 
 
-FORMS = tuple(CallForm(as_text, null) for null in (False, True) for as_text in (False, True))
+FORMS = (CallForm(as_text=False), CallForm(as_text=True))
 
 
 class RenderError(Exception):
@@ -122,8 +128,8 @@ class Template:
     def call_form(self) -> CallForm:
         """The form in which the template writes most of a tool call.
 
-        Templates differ: some print Python where they are given an object of arguments, or drop
-        the call of a turn whose content is an empty text.
+        Templates differ: some join the arguments to a text, and fail on an object or print it as
+        Python does.
         """
 
         def written(form: CallForm) -> int:
@@ -131,7 +137,7 @@ class Template:
                 text = self._render([ASK, CALLS], (), False, form)
             except RenderError:
                 return -1
-            if str(CALLED["arguments"]) in text or "None" in text:
+            if str(CALLED["arguments"]) in text:
                 return 0
             return sum(word in text for word in ("Nprobe7", "Kprobe7", "Vprobe7"))
 
@@ -178,18 +184,37 @@ class Template:
 
     @functools.cached_property
     def stop(self) -> str:
-        """What ends an assistant's turn: a special token, else text, else "" (nothing does)."""
-        tail = self.probe[self.probe.rindex(ANSWER.content) + len(ANSWER.content) :]
+        """What ends an assistant's turn: special tokens, else text, else "" (nothing does)."""
+        tail = _behind(self.probe, ANSWER.content)
         found = self.special.search(tail)
-        if found and not tail[: found.start()].strip():
-            # what follows is written once, after the last turn (Phi-3 adds EOS there)
-            return tail[: found.end()]
-        return tail.rstrip()
+        if not found or tail[: found.start()].strip():
+            return tail.rstrip()
+        # a turn may end in several (Cohere's do); what is written once, after the last turn, is not
+        # its end (Phi-3 adds EOS there)
+        end = found.end()
+        try:
+            middle = _behind(self.render([ASK, ANSWER, ASK]), ANSWER.content)
+        except RenderError:
+            middle = ""
+        for more in self.special.finditer(tail, end):
+            if tail[end : more.start()].strip() or not middle.startswith(tail[: more.end()]):
+                break
+            end = more.end()
+        return tail[:end]
 
     @functools.cached_property
     def stop_id(self) -> int | None:
-        """The id of the token that ends an assistant's turn; None where no single token does."""
-        return self.specials.get(self.stop.strip())
+        """The id of the token that ends an assistant's turn; None where no special token does."""
+        ends = [text for text in self.specials if self.stop.endswith(text)]
+        return self.specials[max(ends, key=len)] if ends else None
+
+    @functools.cached_property
+    def writes_tools(self) -> bool:
+        """Whether the tools that a conversation offers are written into it."""
+        try:
+            return "Oprobe7" in self.render([ASK], [OFFER])
+        except RenderError:
+            return True  # it reads them, and wants something else around them
 
     @functools.cached_property
     def default_system(self) -> str:
@@ -277,6 +302,10 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
         if text:
             found[text] = getattr(tokenizer, f"{name}_token_id")
     return found
+
+
+def _behind(text: str, word: str) -> str:
+    return text[text.rindex(word) + len(word) :]
 
 
 def _any(texts: Iterable[str]) -> re.Pattern[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,29 @@ TEMPLATES = {
     "<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
     + GENERATION
     + "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    # Llama 3.1 writes the day
+    "llama3.1": "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\n"
+    "Today Date: {{ date_string or strftime_now('%d %b %Y') }}\n\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}"
+    "{% set messages = messages[1:] %}{% endif %}<|eot_id|>"
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    + GENERATION
+    + "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    # Llama 2 folds the system prompt into the first question, and begins each one with BOS
+    "llama2": "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}{{ bos_token }}[INST] "
+    "{% if loop.first and system is defined %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{% endif %}"
+    "{{ m.content | trim }} [/INST]{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}"
+    "{% endfor %}",
+    # Gemma knows no system prompt and wants the roles to alternate
     "gemma": "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
     "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
     "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
     + GENERATION
@@ -85,7 +106,14 @@ TEMPLATES = {
 EOS = {"phi3": "<|endoftext|>"}
 
 
-def tokenizer(name: str, *, trim_offsets: bool = True, spaces: str = "", **settings: Any) -> Any:
+def tokenizer(
+    name: str,
+    *,
+    trim_offsets: bool = True,
+    spaces: str = "",
+    special: Sequence[str] = (),
+    **settings: Any,
+) -> Any:
     """`spaces` = first or always makes a tokenizer as Llama 2 has it, that begins with a space."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -97,8 +125,8 @@ def tokenizer(name: str, *, trim_offsets: bool = True, spaces: str = "", **setti
         core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=spaces)
         core.decoder = decoders.Metaspace(prepend_scheme=spaces)
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=SPECIAL,
+        vocab_size=400 + len(special),
+        special_tokens=[*SPECIAL, *(word for word in special if word not in SPECIAL)],
         initial_alphabet=[*pre_tokenizers.ByteLevel.alphabet(), "\u2581", "\n", "\u00e9"],
         show_progress=False,
     )
@@ -106,10 +134,13 @@ def tokenizer(name: str, *, trim_offsets: bool = True, spaces: str = "", **setti
     begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     trim = processors.ByteLevel(trim_offsets=trim_offsets)
     core.post_processor = processors.Sequence([trim, begin])
-    given = {"bos_token": "<s>", "eos_token": EOS.get(name, "</s>"), "pad_token": "<pad>"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, chat_template=TEMPLATES.get(name), **{**given, **settings}
-    )
+    given = {
+        "chat_template": TEMPLATES.get(name),
+        "bos_token": "<s>",
+        "eos_token": EOS.get(name, "</s>"),
+        "pad_token": "<pad>",
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=core, **{**given, **settings})
 
 
 @pytest.fixture(scope="session")

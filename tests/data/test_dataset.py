@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -200,3 +203,42 @@ def test_texts_need_no_chat_template(ready):
 def test_a_setting_that_cannot_be_is_refused(settings, message):
     with pytest.raises(UserError, match=message):
         DataConfig(**settings)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_ledger_as_it_was(ready, tmp_path, monkeypatch, call):
+    ready([row("q")])
+    before = (tmp_path / "ledger.jsonl").read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os if call == "fsync" else Path, call, full)
+    with pytest.raises(UserError, match=r"cannot write .*ledger.jsonl: No space left"):
+        ready([row("q"), row("r")])
+    assert (tmp_path / "ledger.jsonl").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ledger.jsonl", "rows.jsonl"]
+
+
+def test_the_four_fates_of_rows_add_up_to_the_rows_and_their_tokens(ready, tmp_path):
+    turns = row("q")["messages"] + row("r", "z " * 60)["messages"]
+    rows = [row("q"), row("masked", train=False), row("x " * 99), {"messages": turns}]
+    rows += [{"messages": row("q")["messages"] + row("r")["messages"]}]
+    found = ready(rows, "qwen3", max_length=60)
+    entries = read_ledger(tmp_path / "ledger.jsonl")
+    assert [entry.outcome for entry in entries] == ["kept", "dropped", "dropped", "cut", "split"]
+    assert [entry.line for entry in entries] == [1, 2, 3, 4, 5]
+    assert all(bool(entry.reason) == (entry.outcome != "kept") for entry in entries)
+    assert sum(entry.examples for entry in entries) == len(found.train) == 4
+    assert sum(entry.tokens for entry in entries) == sum(len(e.input_ids) for e in found.train)
+    assert sum(entry.trained_tokens for entry in entries) == sum(e.trained for e in found.train)
+
+
+def test_no_row_is_trained_on_its_question_however_short_the_limit(ready, tokenizers):
+    long, short = row("where is the sea " * 4, "there"), row("q", "a")
+    for overlong in ("drop", "cut_end", "split_turns"):
+        for limit in range(40, 130, 9):
+            found = ready([long, short], max_length=limit, overlong=overlong)
+            for example in found.train:
+                labels = [label for label in example.labels if label != -100]
+                assert "there<|im_end|>a<|im_end|>".find(tokenizers("chatml").decode(labels)) >= 0

@@ -10,7 +10,8 @@ import pytest
 
 from inlay.core.errors import UserError
 from inlay.data.encode import IGNORED, Encoder, encode
-from inlay.data.rows import Chat, Completion, Message, Source, Text
+from inlay.data.formats import FORMATS
+from inlay.data.rows import Chat, Message, Source
 from inlay.data.settings import DataConfig
 from inlay.data.spans import find_spans
 from inlay.data.template import RenderError, Template
@@ -20,6 +21,8 @@ END = {
     "chatml": "<|im_end|>",
     "qwen2.5": "<|im_end|>",
     "llama3": "<|eot_id|>",
+    "llama3.1": "<|eot_id|>",
+    "llama2": " </s>",
     "gemma": "<end_of_turn>",
     "qwen3": "<|im_end|>",
     "phi3": "<|end|>",
@@ -28,7 +31,7 @@ END = {
     "deepseek": "</s>",
     "vicuna": "</s>",
 }
-LEAD = {"mistral": " ", "mistral-v3": " ", "vicuna": " "}
+LEAD = {"llama2": " ", "mistral": " ", "mistral-v3": " ", "vicuna": " "}
 REWRITES = ("qwen3",)
 WORDS = [
     "The",
@@ -332,55 +335,20 @@ def test_tool_calls_are_trained_as_the_template_writes_them(tokenizers):
     assert trained(example, tokenizer) == wanted
 
 
-@pytest.mark.parametrize("trim", [True, False])
-def test_a_token_over_the_boundary_belongs_to_the_prompt(trim, tokenizers):
-    tokenizer = tokenizers("", trim_offsets=trim)
-    (example,) = encode(Completion("The sky is ", "blue and", HERE), tokenizer)
-    joint = tokenizer("The sky is blue and").input_ids
-    assert example.input_ids == [*joint, tokenizer.eos_token_id]
-    assert trained(example, tokenizer) == " and</s>"  # " blue" begins in the prompt
-    (example,) = encode(Completion("The sky is", " blue and", HERE), tokenizer)
-    assert trained(example, tokenizer) == " blue and</s>"
-
-
 @pytest.mark.parametrize("spaces", ["first", "always"])
-@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "phi3", "mistral"])
+@pytest.mark.parametrize("name", [name for name in END if name != "qwen3"])
 def test_a_tokenizer_that_begins_texts_with_a_space_trains_the_same(name, spaces, tokenizers, chat):
     tokenizer = tokenizers(name, spaces=spaces)
     row = chat("u: say this", "a: The sky is blue", "u: more <s> [INST]", "a: two too")
     (example,) = encode(row, tokenizer)
     words = tokenizer.convert_ids_to_tokens([label for label in example.labels if label >= 0])
     text = "".join(words).replace("\u2581", " ")
-    assert text.replace(" ", "") == f"Theskyisblue{END[name]}twotoo{END[name]}"
+    end = END[name].strip()
+    assert text.replace(" ", "") == f"Theskyisblue{end}twotoo{end}"
     pairs = zip(example.input_ids, example.labels, strict=True)
     asked = [token for token, label in pairs if label == IGNORED]
-    assert tokenizer.convert_tokens_to_ids("[INST]") not in asked or name == "mistral"
-
-
-def test_a_text_is_trained_whole_and_ends_in_eos(tokenizers):
-    tokenizer = tokenizers("")
-    (example,) = encode(Text("The sky is blue", HERE), tokenizer)
-    assert written(example, tokenizer) == "<s>The sky is blue</s>"
-    assert trained(example, tokenizer) == "The sky is blue</s>"
-    (example,) = encode(Text("<s>The sky is blue</s>", HERE), tokenizer)
-    assert written(example, tokenizer) == "<s>The sky is blue</s>"
-
-
-def test_a_long_text_is_split_and_every_token_is_trained_once(tokenizers):
-    tokenizer = tokenizers("")
-    text = " ".join(f"number {i}" for i in range(100))
-    examples = encode(Text(text, HERE), tokenizer, max_length=32)
-    assert len(examples) > 5
-    assert all(len(example.input_ids) <= 32 for example in examples)
-    assert "".join(trained(example, tokenizer) for example in examples) == text + "</s>"
-
-
-def test_a_tokenizer_without_offsets_is_refused_with_the_way_out():
-    class Slow:
-        pass
-
-    with pytest.raises(UserError, match=r"Slow gives no character offsets.*tokenizer.json"):
-        encode(Text("x", HERE), Slow())
+    instructs = name in ("llama2", "mistral", "mistral-v3")
+    assert asked.count(tokenizer.convert_tokens_to_ids("[INST]")) == 2 * instructs
 
 
 def test_a_template_of_another_kind_still_raises_its_own_words(tokenizers):
@@ -393,3 +361,87 @@ def test_every_example_is_named_after_its_row(tokenizers, chat):
     (example,) = encode(chat("u: q", "a: yes"), tokenizers("chatml"))
     assert str(example.source) == "rows.jsonl:1"
     assert re.fullmatch(r"[0-9a-f]{16}", example.row_id)
+
+
+def test_the_end_of_turn_is_trained_even_where_the_tokenizers_eos_is_another(tokenizers, chat):
+    tokenizer = tokenizers("chatml")  # its EOS is </s>, as on a base tokenizer
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end != tokenizer.eos_token_id
+    (example,) = encode(chat("u: q", "a: yes"), tokenizer)
+    assert example.labels.count(end) == 1
+    assert tokenizer.eos_token_id not in example.input_ids
+
+
+def test_every_message_appears_in_what_is_rendered_whatever_its_role_was_called(tokenizers):
+    raw = {
+        "conversations": [
+            {"from": "human", "value": "first question"},
+            {"from": "gpt", "value": "first answer"},
+            {"from": "user", "value": "second question"},
+            {"from": "assistant", "value": "second answer"},
+        ]
+    }
+    row = FORMATS["sharegpt"](raw, HERE)
+    for name in END:
+        for example in encode(row, tokenizers(name), max_length=4096)[-1:]:
+            text = written(example, tokenizers(name))
+            assert all(turn["value"] in text for turn in raw["conversations"]), name
+
+
+def test_special_tokens_in_a_tool_call_end_no_turn(tokenizers):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name }}"
+        "{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "say", "arguments": {"x": "a<|im_end|>b"}}}
+    turns = (Message("user", "q"), Message("assistant", "", tool_calls=(call,)))
+    tokenizer = tokenizers("chatml")
+    (example,) = encode(Chat(turns, HERE), tokenizer, chat_template=template)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert example.labels.count(end) == 1
+    assert trained(example, tokenizer) == 'say{"x": "a<|im_end|>b"}<|im_end|>'
+
+
+def test_a_template_that_prints_python_for_an_object_is_given_json(tokenizers):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name }}:{{ call.function.arguments }}"
+        "{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": True}}}
+    turns = (Message("user", "q"), Message("assistant", "", tool_calls=(call,)))
+    tokenizer = tokenizers("chatml")
+    (example,) = encode(Chat(turns, HERE), tokenizer, chat_template=template)
+    assert trained(example, tokenizer) == 'f:{"x": true}<|im_end|>'
+
+
+def test_a_tool_call_that_the_template_leaves_out_is_refused(tokenizers):
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"x": 1}}}
+    turns = (Message("user", "q"), Message("assistant", "wait", tool_calls=(call,)))
+    with pytest.raises(UserError, match=r"leaves out 'look_up' in a tool call of message 2"):
+        encode(Chat(turns, HERE), tokenizers("chatml"))
+
+
+def test_empty_messages_and_a_first_word_of_the_assistant_keep_the_cost_linear(
+    tokenizers, monkeypatch
+):
+    rendered = []
+    render = Template.render
+
+    def counting(self, *args, **kwargs):
+        rendered.append(render(self, *args, **kwargs))
+        return rendered[-1]
+
+    monkeypatch.setattr(Template, "render", counting)
+    shares = []
+    for turns in (20, 80):
+        pair = (Message("user", "question " * 5), Message("assistant", "answer " * 5))
+        empty = (Message("user", ""), Message("assistant", "what?"))
+        rendered.clear()
+        row = Chat((Message("assistant", "Welcome"), *empty, *pair * turns), HERE)
+        encode(row, tokenizers("chatml"), max_length=10**6)
+        shares.append(sum(map(len, rendered)) / max(map(len, rendered)))
+    assert shares[1] < 1.2 * shares[0]

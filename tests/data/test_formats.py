@@ -37,6 +37,10 @@ def test_every_format_of_a_conversation_gives_the_same_row(name):
     assert row.id == parse(ROWS["messages"]).id
 
 
+def test_null_columns_of_a_preference_do_not_make_a_row_one():
+    assert recognize({"messages": [USER], "chosen": None, "rejected": None}, HERE) == "messages"
+
+
 def test_conversations_with_role_and_content_are_messages():
     assert recognize({"conversations": [USER, ANSWER]}, HERE) == "messages"
 
@@ -120,6 +124,13 @@ ODD = [
     ({"messages": [USER, ANSWER], "tools": "{"}, "tools is a text that is no JSON"),
     ({"messages": [USER, ANSWER], "tools": [1]}, "tools must be a list of objects"),
     ({"chosen": "a", "rejected": "b"}, "preference"),
+    ({"messages": [USER, ANSWER], "system": 3}, "system must be text, not 3"),
+    ({"messages": [{"role": "system", "content": "s"}], "system": "t"}, "two system prompts"),
+    (
+        {"prompt": "x", "completion": "y", "system": "s"},
+        "system has no place beside a plain prompt",
+    ),
+    ({"prompt": "x", "completion": "y", "tools": [{}]}, "tools has no place beside a plain"),
     ({"prompt": "x", "completion": ""}, "completion is empty"),
     ({"prompt": "x", "completion": None}, "completion must be text, not null"),
     ({"prompt": [USER], "completion": "x"}, "prompt must be text"),

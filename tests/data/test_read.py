@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -113,6 +114,103 @@ def test_a_text_file_is_one_row(tmp_path):
     assert (rows[0].text, name) == ("one\n\ntwo", "text")
 
 
+def test_lines_end_at_line_feeds_only_and_may_be_blank_or_windows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"text": "a\u2028b\x85c"}\r\n\r\n{"text": "d\ue000"}\r\n'.encode())
+    rows, _ = read_rows(str(path))
+    assert [row.text for row in rows] == ["a\u2028b\x85c", "d\ue000"]
+    assert [row.source.line for row in rows] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        (json.dumps({"version": 1, "notes": [1], "data": CHATS}, indent=1), [7, 19, 31]),
+        ("\n".join(map(json.dumps, CHATS)), [1, 2, 3]),
+        (json.dumps(CHATS[:1] * 3), [1, 1, 1]),
+        ("\n" + json.dumps(CHATS[0], indent=2), [2]),
+    ],
+    ids=["wrapped", "lines", "array", "one"],
+)
+def test_json_is_an_array_a_wrapped_one_or_objects_one_after_another(tmp_path, text, lines):
+    (tmp_path / "rows.json").write_text(text, encoding="utf-8")
+    rows, name = read_rows(str(tmp_path / "rows.json"))
+    assert name == "messages"
+    assert [row.source.line for row in rows] == lines
+
+
+def test_gzipped_lines_are_read_and_a_cut_file_is_an_error_with_its_line(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    packed = gzip.compress("\n".join(map(json.dumps, CHATS)).encode())
+    path.write_bytes(packed)
+    assert said(read_rows(str(path))[0]) == [["q0", "a0"], ["q1", "a1"], ["q2", "a2"]]
+    path.write_bytes(packed[:-12])
+    with pytest.raises(UserError, match=r"rows.jsonl.gz:\d: broken gzip"):
+        read_rows(str(path))
+
+
+def test_numbers_that_json_or_python_cannot_hold_do_no_harm_beside_the_text(write, tmp_path):
+    (tmp_path / "nan.jsonl").write_text(f'{{"text": "x", "score": NaN, "n": {10**40}}}')
+    assert read_rows(str(tmp_path / "nan.jsonl"))[0][0].text == "x"
+    call = {"name": "f", "arguments": {"n": 10**40}}
+    (row,), _ = read_rows(write([{"messages": [{"role": "assistant", "tool_calls": [call]}]}]))
+    assert row.messages[0].tool_calls[0]["function"]["arguments"]["n"] == 10**40
+
+
+def test_an_answer_in_a_csv_cell_may_be_json_and_stays_a_text(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('instruction,output\nq,"[{""x"": 1}]"\n', encoding="utf-8")
+    assert said(read_rows(str(path))[0]) == [["q", '[{"x": 1}]']]
+
+
+@pytest.fixture
+def hub_folder(tmp_path):
+    """A data set as a clone from the hub has it: a card, and parquet under data/."""
+    import datasets
+
+    folder = tmp_path / "clone"
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Chats\n")
+    for split, rows in (("train", CHATS), ("test", CHATS[:1])):
+        part = folder / f"data/{split}-00000-of-00001.parquet"
+        datasets.Dataset.from_list(rows).to_parquet(str(part))
+    return folder
+
+
+def test_a_folder_laid_out_as_on_the_hub_is_a_data_set(hub_folder):
+    rows, name = read_rows(str(hub_folder))
+    assert (len(rows), name, str(rows[2].source)) == (3, "messages", f"{hub_folder}[train]:3")
+    assert said(read_rows(str(hub_folder), split="test")[0]) == [["q0", "a0"]]
+    with pytest.raises(UserError, match=r"split 'dev'.*\['train', 'test'\]"):
+        read_rows(str(hub_folder), split="dev")
+
+
+def test_a_folder_that_datasets_saved_is_a_data_set(tmp_path):
+    import datasets
+
+    saved = datasets.Dataset.from_list(CHATS)
+    saved.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"test": saved}).save_to_disk(str(tmp_path / "dict"))
+    assert len(read_rows(str(tmp_path / "one"))[0]) == 3
+    assert len(read_rows(str(tmp_path / "dict"), split="test")[0]) == 3
+    with pytest.raises(UserError, match=r"data.split='train' is not one of test"):
+        read_rows(str(tmp_path / "dict"))
+
+
+def test_a_data_set_of_the_hub_that_cannot_be_reached_is_one_clear_error():
+    with pytest.raises(UserError, match=r"some-org/chats: neither a file here nor .*the Hub"):
+        read_rows("some-org/chats")
+
+
+def test_columns_that_other_rows_brought_are_not_there(tmp_path):
+    import datasets
+
+    rows = [{"text": None, "prompt": "x", "completion": "y"}, {"text": "z", "prompt": None}]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    with pytest.raises(UserError, match=r"rows.parquet:2: the row has no 'prompt', only 'text'"):
+        read_rows(str(tmp_path / "rows.parquet"))
+
+
 BROKEN = {
     "no.jsonl": (None, r"no.jsonl: no such file"),
     "empty.jsonl": (b"", "the file is empty"),
@@ -139,6 +237,13 @@ BROKEN = {
     "more.csv": (b"text\na\nb,c\n", r"more.csv:3: the row has more cells"),
     "fewer.csv": (b"text,more\na,b\nc\n", r"fewer.csv:3: the row has fewer cells"),
     "quote.csv": (b'text\n"a\n', r"quote.csv:\d: broken CSV"),
+    "latin.csv": (b"text\n" + b"x\n" * 9000 + b"caf\xe9\n", r"latin.csv:9002: byte 0xe9 is not"),
+    "wide.jsonl": ('{"text": "x"}'.encode("utf-16"), r"wide.jsonl:1: byte 0xff is not UTF-8"),
+    "digits.jsonl": (b'{"n": ' + b"9" * 5000 + b"}", r"digits.jsonl:1: .*thousands of digits"),
+    "digits.json": (b'[{"n": ' + b"9" * 5000 + b"}]", r"digits.json:1: .*thousands of digits"),
+    "nan.jsonl": (b'{"text": NaN}', r"nan.jsonl:1: text must be text, not NaN"),
+    "null.jsonl": (b"null", r"null.jsonl:1: a row is an object {...}, not null"),
+    "plain.jsonl.gz": (b"{}", r"plain.jsonl.gz:1: broken gzip"),
     "no.parquet": (b"PAR1", r"no.parquet: cannot be read as parquet"),
     "rows.xlsx": (b"x", r"'.xlsx' is not one of .jsonl"),
     "half.jsonl": (b'{"text": "\\ud800"}', r"half.jsonl:1: .*\\ud800, half of a surrogate pair"),

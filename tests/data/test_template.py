@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 import pytest
 
 from inlay.core.errors import UserError
@@ -78,3 +80,26 @@ def test_a_generation_prompt_that_holds_more_than_the_rows_is_told(tokenizers):
 def test_the_arguments_of_a_template_reach_it(tokenizers):
     template = Template(tokenizers("qwen3"), kwargs={"enable_thinking": False})
     assert template.render([Message("user", "q")], generation=True).endswith("</think>\n\n")
+
+
+def test_a_template_that_writes_the_day_is_told(tokenizers):
+    today = datetime.date.today().strftime("%d %b %Y")
+    assert Template(tokenizers("llama3.1")).dates[:1] == [today]
+    given = Template(tokenizers("llama3.1"), kwargs={"date_string": "26 Jul 2024"})
+    assert given.dates == Template(tokenizers("llama3")).dates == []
+
+
+def test_what_is_written_once_after_the_last_turn_does_not_end_a_turn(tokenizers):
+    assert Template(tokenizers("phi3")).stop == "<|end|>"
+    twice = tokenizers("chatml").chat_template.replace("<|im_end|>", "<|end|><|im_end|>")
+    template = Template(tokenizers("chatml"), twice)
+    assert template.stop == "<|end|><|im_end|>"
+    assert template.stop_id == template.specials["<|im_end|>"]
+
+
+def test_a_template_that_leaves_out_plain_texts_is_refused(tokenizers):
+    parts = (
+        "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(UserError, match="leaves out the answer to a question"):
+        _ = Template(tokenizers("chatml"), parts).probe
