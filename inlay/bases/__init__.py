@@ -1,4 +1,4 @@
-"""The kinds of layer an adapter can be set into, one file a kind; `view` finds the one for a module."""
+"""The kinds of layer an adapter can be set into, one file a kind; `view` finds a module's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers of torch and transformers that hold their weight in plain numbers: linear, conv, embedding, norm.
+"""Layers that hold their weight in plain numbers: linear, conv, embedding, norm.
 
 O output features, I input features, R rank, k kernel size.
 """
@@ -61,7 +61,7 @@ class Conv1D(Linear):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Return whether `module` has the shape of transformers' Conv1D (recognized without importing it)."""
+        """Return whether `module` looks like transformers' Conv1D, which is not imported for it."""
         weight = getattr(module, "weight", None)
         return (
             type(module).__name__ == "Conv1D"
@@ -107,7 +107,7 @@ class Conv(Layer):
         return self.module.weight.flatten(1)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return the convolution with this weight; stride, padding, its mode and dilation are the layer's."""
+        """Return the convolution with this weight; stride, padding and dilation are the layer's."""
         kernel = weight.reshape(-1, *self.module.weight.shape[1:])
         return cast(Tensor, self.module._conv_forward(x, kernel, bias))
 
@@ -127,7 +127,7 @@ class Conv(Layer):
         return vector.reshape(-1, *[1] * (self.module.weight.ndim - 2))
 
     def file_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A and B as the two convolutions PEFT makes of them: [r, C, *k] and [O, r, 1...]."""
+        """Return A's and B's shapes as PEFT's two convolutions: [r, C, *k] and [O, r, 1...]."""
         o, *rest = self.module.weight.shape
         return (r, *rest), (o, r, *[1] * (len(rest) - 1))
 
@@ -139,7 +139,8 @@ class Conv(Layer):
 class Embedding(Layer):
     """`nn.Embedding`: column id of W [dim, vocab]; what a subclass does besides (a scale) is kept.
 
-    The padding id gives no gradient to its column, here as in torch: a factor A that starts from zero stays zero there.
+    The padding id gives no gradient to its column, here as in torch: a factor A that starts from
+    zero stays zero there.
     """
 
     kind = "embedding"
@@ -147,7 +148,7 @@ class Embedding(Layer):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Return whether `module` is an embedding of plain floats that leaves its own weight alone."""
+        """Return whether `module` is an embedding of plain floats that leaves its weight alone."""
         return _is_embedding(module) and module.max_norm is None and module.weight.dtype in PLAIN
 
     @property
@@ -179,13 +180,13 @@ class Embedding(Layer):
 
 
 class Norm(Layer):
-    """A normalization with a weight vector [O]: LayerNorm, GroupNorm, and every RMSNorm by its structure."""
+    """A normalization with a weight vector [O]: LayerNorm, GroupNorm, and every RMSNorm."""
 
     kind = "norm"
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Return whether `module` is called a norm, and holds a vector `weight`, perhaps a `bias`, and nothing else."""
+        """Return whether `module` is called a norm and holds a vector, perhaps a bias, no more."""
         names = set(dict(module.named_parameters()))
         weight = getattr(module, "weight", None)
         return (
@@ -219,7 +220,7 @@ class Norm(Layer):
         return self.down(h, b)
 
     def spread(self, vector: Tensor) -> Tensor:
-        """Refuse: the axis the features run along is the norm's own (the last, or the second in a GroupNorm)."""
+        """Refuse: along which axis the features run, only the norm itself knows."""
         raise TypeError(f"{type(self.module).__name__} is a norm: use apply")
 
     def store(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -228,7 +229,7 @@ class Norm(Layer):
 
 
 class Opaque(Layer):
-    """Any other module: it can be replaced or wrapped, but it has no weight that an adapter could change."""
+    """Any other module: it can be replaced or wrapped, but has no one weight to change."""
 
     kind = "module"
 
@@ -243,7 +244,7 @@ class Opaque(Layer):
         """Why a layer of a known kind stands here."""
         module = self.module
         if _is_conv(module) and module.groups != 1:
-            # W holds only the block diagonal, so a low-rank update over all channels could not merge
+            # W holds only the block diagonal: a low-rank update over all channels could not merge
             return (
                 f"with groups={module.groups}, an update across groups has no place in its weight"
             )

@@ -30,7 +30,7 @@ class Adapter(nn.Module, ABC):
     on: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv", "embedding", "norm", "module"})
     """The kinds of layer this method's mathematics holds for."""
     placed: ClassVar[int] = 0
-    """How many parameters were ever put into adapters: who keeps a list of them sees here that it may be old."""
+    """How many parameters were ever put into adapters: when it moves, lists of them may be old."""
 
     def __init__(
         self, config: AdapterConfig, base: Base, *, device: torch.device | None = None
@@ -56,7 +56,7 @@ class Adapter(nn.Module, ABC):
         Adapter.placed += 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Convert as any module does (`to`, `to_empty`); counted, for it may make new parameters."""
+        """Convert as any module does (`to`, `to_empty`); counted, for new parameters may result."""
         Adapter.placed += 1
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -70,9 +70,9 @@ class Adapter(nn.Module, ABC):
         """Return what the adapted layer computes."""
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return PEFT's file key -> (parameter name, shape in the file), relative to the adapted module.
+        """Return PEFT's file key -> (parameter name, shape in the file), relative to the site.
 
-        A file's tensor is the parameter reshaped: the two must hold the same numbers in the same order.
+        A file's tensor is the parameter reshaped: both hold the same numbers in the same order.
         """
         del base
         return {name: (name, tuple(p.shape)) for name, p in self.named_parameters()}
@@ -88,15 +88,15 @@ class Reweight(Adapter):
         """Return the adapted weight and bias, computed in the dtype of `weight`."""
 
     def rebias(self, base: Base) -> Tensor | None:
-        """Return the adapted bias alone; a method that can say it without the weight says so here."""
+        """Return the adapted bias alone; a method that can say it without the weight does so."""
         return self.reweight(base.weight(), base.bias())[1]
 
     def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the layer's operator with the adapted weight: correct for all, cheap for some."""
         if args or kwargs:
             raise TypeError(
-                f"{type(base.module).__name__} is called with more than its input, which {type(self).__name__} "
-                "cannot pass on"
+                f"{type(base.module).__name__} is called with more than its input, which "
+                f"{type(self).__name__} cannot pass on"
             )
         return base.apply(x, *self.reweight(base.weight(), base.bias()))
 
@@ -104,7 +104,8 @@ class Reweight(Adapter):
 class Delta(Reweight):
     """W -> W + delta: an additive adapter. The base is only called, so it may stay packed.
 
-    Where the configuration trains biases (`bias` "all" or the method's own), the bias is a full copy of the base's.
+    Where the configuration trains biases (`bias` "all" or the method's own), the bias is a full
+    copy of the base's.
     """
 
     on: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv", "embedding"})
@@ -124,7 +125,7 @@ class Delta(Reweight):
 
     @abstractmethod
     def update(self, base: Base, x: Any) -> Tensor:
-        """Return what the update adds to the layer's output, without making the delta where that is cheaper."""
+        """Return what the update adds to the output, without making the delta if that is less."""
 
     def reset(self, base: Base) -> None:
         """Start the trained bias from the base's."""
@@ -159,7 +160,7 @@ class Delta(Reweight):
 
 
 class Bias(Reweight):
-    """b -> b': the bias of a layer no other adapter sits on, trained in full (`bias="all"`, BitFit)."""
+    """b -> b': the bias of a layer without another adapter, trained in full (`bias="all"`)."""
 
     def __init__(
         self, config: AdapterConfig, base: Base, *, device: torch.device | None = None
@@ -200,7 +201,8 @@ class Wrap(Adapter):
 class Copy(Reweight):
     """W, b -> the copy's own: a trained copy of the whole module in its place (`modules_to_save`).
 
-    Where the module is no layer with a weight, the copy still computes; merging then puts it there for good.
+    Where the module is no layer with a weight, the copy still computes; merging then puts it there
+    for good.
     """
 
     on: ClassVar[frozenset[Kind]] = Adapter.on
@@ -239,7 +241,7 @@ class Copy(Reweight):
         return _floats(out, x.dtype if _is_float(x) else base.dtype)
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return the module's own parameter names, as PEFT writes them; buffers do not train and stay out."""
+        """Return the module's own parameter names, as PEFT writes them; buffers stay out."""
         del base
         return {n: (f"module.{n}", tuple(p.shape)) for n, p in self.module.named_parameters()}
 
@@ -249,7 +251,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _floats(value: Any, dtype: torch.dtype) -> Any:
-    """Return `value` with the floating tensors in it in `dtype`; what is no tensor, tuple, list or dict stays."""
+    """Return `value` with its floating tensors in `dtype`; looks into tuples, lists and dicts."""
     if _is_float(value):
         return value.to(dtype)
     if type(value) in (tuple, list):
@@ -265,7 +267,7 @@ def _floats(value: Any, dtype: torch.dtype) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A registered method: its configuration, and the adapter put at each target (None: no host at all)."""
+    """A registered method: its configuration, and the adapter at each target (None: no host)."""
 
     config: type[AdapterConfig]
     adapter: type[Adapter] | None

@@ -1,8 +1,8 @@
 """The frozen layer an adapter is set into, seen through one interface.
 
-O output features, I input features, R rank.  A weight is [O, I] whatever the layer stores: a linear [out, in], a conv
-[out, in*k*k], an embedding [dim, vocab]; a norm has the vector [O] alone.  Each kind of layer implements this once, in
-`inlay.bases`; methods and quantizers then never meet.
+O output features, I input features, R rank.  A weight is [O, I] whatever the layer stores: a linear
+[out, in], a conv [out, in*k*k], an embedding [dim, vocab]; a norm has the vector [O] alone.  Each
+kind of layer implements this once, in `inlay.bases`; methods and quantizers then never meet.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Base(ABC):
 
     @abstractmethod
     def spread(self, vector: Tensor) -> Tensor:
-        """Return `vector` [O], shaped to broadcast over the layer's output; TypeError where no shape always does."""
+        """Return `vector` [O], shaped to broadcast over the output; TypeError where none does."""
 
     def file_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes PEFT's files give A and B of rank r: matrices, but for a convolution."""
+        """Return the shapes of A and B of rank r in PEFT's files: matrices, but for a conv."""
         out_features, in_features = self.shape
         return (r, in_features), (out_features, r)
 
@@ -69,9 +69,9 @@ class Base(ABC):
 
     @property
     def adapter_dtype(self) -> torch.dtype:
-        """The dtype an adapter's own parameters take here: the weight's, but never below float32."""
+        """The dtype of an adapter's own parameters here: the weight's, but never below float32."""
         dtype = self.dtype
-        # below float32, an update of lr * grad is often lost in the rounding of the parameter itself
+        # below float32, an update of lr * grad is often lost in the parameter's own rounding
         return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
@@ -96,7 +96,8 @@ class Layer(Base):
     def store(self, weight: Tensor, bias: Tensor | None) -> None:
         """Give the layer new parameters of weight [O, I] and bias; the old ones stay untouched.
 
-        Used by merge only. New `Parameter` objects are made, so that a tied weight is untied, not changed.
+        Used by merge only. New `Parameter` objects are made, so that a tied weight is untied, not
+        changed.
         """
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +121,7 @@ class Host(nn.Module):
 
 
 def bare_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of `module` as it was before any adapter: hosts inside it give way to their layers."""
+    """Return a copy of `module` as before any adapter: hosts inside give way to their layers."""
     copies: dict[int, Any] = {}
     for inner in reversed(
         list(module.modules())
@@ -131,7 +132,7 @@ def bare_copy(module: nn.Module) -> nn.Module:
 
 
 def store(module: nn.Module, **tensors: Tensor | None) -> None:
-    """Replace parameters of `module` by new ones holding `tensors`, in the dtype and device of the old."""
+    """Replace parameters of `module` by new ones, in the dtype and on the device of the old."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue

@@ -1,4 +1,4 @@
-"""What every method's configuration shares: PEFT's common fields, and what a frozen one can answer."""
+"""What every method's configuration shares: PEFT's common fields, and what it can answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PeftType(enum.StrEnum):
 
 
 class TaskType(enum.StrEnum):
-    """What the adapted model is for; decides the class `AutoPeftModel` loads and the heads that train."""
+    """What the adapted model is for; decides AutoPeftModel's class and which heads train."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -36,7 +36,7 @@ class AdapterConfig:
 
     method: ClassVar[PeftType]
     not_yet: ClassVar[dict[str, str]] = {}
-    """Fields read from and written to PEFT's files, whose other values are refused: name -> reason."""
+    """Fields of PEFT's files of which only the default is supported: name -> reason."""
 
     task_type: str | None = None
     """What the model is for: one of `TaskType`, or None."""
@@ -64,7 +64,9 @@ class AdapterConfig:
                 )
             object.__setattr__(self, "task_type", str(self.task_type))
         for field in dataclasses.fields(self):
-            if field.name in self.not_yet and getattr(self, field.name) != default(field):
+            given = getattr(self, field.name)
+            # PEFT writes an empty list where nothing is set
+            if field.name in self.not_yet and given and given != default(field):
                 raise UserError(
                     f"{field.name}={getattr(self, field.name)!r} is not supported: "
                     f"{self.not_yet[field.name]}"

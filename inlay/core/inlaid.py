@@ -81,7 +81,7 @@ class Inlaid(Host):
         self.training = base.module.training
 
     def stack(self, names: tuple[str, ...]) -> Base:
-        """Return the base with the named adapters over it, those this host has, the first one lowest."""
+        """Return the base with those of the named adapters that sit here, the first one lowest."""
         layer: Base = self.base
         for name in names:
             if name in self.adapters:
@@ -103,7 +103,7 @@ class Inlaid(Host):
         return self.stack(chosen.active)(*args, **kwargs)
 
     def _positional(self, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Take the base layer's first argument out of the keywords: model code may name it, an adapter calls it x."""
+        """Take the layer's first argument out of the keywords; its name is the model's choice."""
         first = next(iter(inspect.signature(self.base_layer.forward).parameters), "")
         if first not in kwargs:
             raise TypeError(
@@ -129,8 +129,8 @@ class Inlaid(Host):
             return self.stack(tuple(names))(x, *args, **kwargs)
         if not isinstance(x, Tensor) or args or kwargs:
             raise UserError(
-                f"{type(self.base_layer).__name__} takes more than one tensor: only a layer of one input can serve "
-                "several adapters in a batch"
+                f"{type(self.base_layer).__name__} takes more than one tensor: only a layer of one "
+                "input can serve several adapters in a batch"
             )
         out: Tensor | None = None
         for name, index in self.selection.groups(len(x), x.device).items():
@@ -138,8 +138,8 @@ class Inlaid(Host):
                 part = self.stack((name,))(x.index_select(0, index))
             if not isinstance(part, Tensor):
                 raise UserError(
-                    f"{type(self.base_layer).__name__} returns {type(part).__name__}: only a layer that returns one "
-                    "tensor can serve several adapters in a batch"
+                    f"{type(self.base_layer).__name__} returns {type(part).__name__}: only a layer "
+                    "that returns one tensor can serve several adapters in a batch"
                 )
             if out is None:
                 out = part.new_empty(len(x), *part.shape[1:])
@@ -192,7 +192,7 @@ class Inlaid(Host):
         self._kept = None
 
     def originals(self) -> dict[str, nn.Parameter | None]:
-        """Return the layer's own parameters by name, also while others are merged in their place."""
+        """Return the layer's own parameters by name, also while merged ones are in their place."""
         return dict(self.base_layer._parameters if self._kept is None else self._kept)
 
     def result(self, names: tuple[str, ...]) -> nn.Module:
@@ -204,7 +204,7 @@ class Inlaid(Host):
         return top.module.to(dtype)
 
     def __getattr__(self, name: str) -> Any:
-        """Return the base layer's attribute: model code asks its layers for `weight`, `in_features` and more."""
+        """Return the base layer's attribute: model code asks its layers for `in_features`."""
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -26,7 +26,7 @@ BUDGET = 2.0
 LONGEST = 10_000
 """Characters an expression may have."""
 MOST_REPEATS = 1_000
-"""The product of an expression's counted repeats `{n}`: compiling unrolls them, and has no timeout."""
+"""Product of an expression's counted repeats `{n}`: compiling unrolls them, with no timeout."""
 MOST_EXPRESSIONS = 1_000
 """Expressions one field may hold."""
 MOST_NAMES = 100_000

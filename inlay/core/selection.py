@@ -1,4 +1,4 @@
-"""Which adapters compute now: one object that all hosts of a model share, so that switching is one assignment."""
+"""Which adapters compute now: one object that all hosts share, so a switch is one assignment."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Selection:
     """The active adapters of a model.
 
     active: the names to apply, the first one closest to the base.
-    rows: for each row of the batch its adapter's name, or `__base__`; None where all rows take `active`.
-    merged: the names whose weights are in the base now; while there are any, nothing else can be chosen.
+    rows: for each row of the batch its adapter's name, or `__base__`; None: all rows take `active`.
+    merged: the names whose weights are in the base; while there are any, no other can be chosen.
     """
 
     __slots__ = ("_active", "_groups", "_rows", "merged")
@@ -56,7 +56,8 @@ class Selection:
     def rows(self, names: Sequence[str] | None) -> None:
         if names is not None and self.merged:
             raise UserError(
-                f"cannot route rows while {list(self.merged)} is merged: call unmerge_adapter() first"
+                f"cannot route rows while {list(self.merged)} is merged: "
+                "call unmerge_adapter() first"
             )
         self._rows = None if names is None else tuple(names)
         self._groups = {}
@@ -65,7 +66,7 @@ class Selection:
     def using(
         self, *, active: tuple[str, ...] | None = None, rows: Sequence[str] | None = None
     ) -> Iterator[None]:
-        """Select for the length of a `with` block, and restore what was selected also after an error."""
+        """Select for a `with` block; what was selected before comes back, also after an error."""
         before = self._active, self._rows, self._groups
         try:
             if active is not None:
@@ -83,8 +84,8 @@ class Selection:
     def groups(self, batch: int, device: torch.device) -> dict[str, Tensor]:
         """Return for each adapter in `rows` the indices of its rows in a batch of `batch` rows.
 
-        A batch that is a multiple of len(rows) repeats each row in place: beam search, or tokens folded into rows.
-        Raises UserError where it is not a multiple.
+        A batch that is a multiple of len(rows) repeats each row in place: beam search, or tokens
+        folded into rows. Raises UserError where it is not a multiple.
         """
         assert self._rows is not None
         key = (batch, device)
@@ -92,8 +93,9 @@ class Selection:
             times, rest = divmod(batch, len(self._rows))
             if rest or not times:
                 raise UserError(
-                    f"adapter_names has {len(self._rows)} names, but the batch has {batch} rows; give one name a row, "
-                    "and leave layers that are not fed row by row (position embeddings) out of target_modules"
+                    f"adapter_names has {len(self._rows)} names, but the batch has {batch} rows; "
+                    "give one name a row, and leave layers that are not fed row by row (position "
+                    "embeddings) out of target_modules"
                 )
             members: dict[str, list[int]] = {}
             for i, name in enumerate(self._rows):
@@ -104,10 +106,10 @@ class Selection:
     def checkpoint_context(
         self,
     ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Return the contexts of forward and recomputation, for `torch.utils.checkpoint(context_fn=...)`.
+        """Return the contexts of forward and recomputation, for checkpoint(context_fn=...).
 
-        A layer recomputed in the backward pass must see the adapters it saw in the forward pass; without this, a switch
-        in between gives wrong gradients with no message.
+        A layer recomputed in the backward pass must see the adapters it saw in the forward pass;
+        without this, a switch in between gives wrong gradients with no message.
         """
         return contextlib.nullcontext(), _As(self, self._active, self._rows)
 

@@ -18,8 +18,8 @@ class TargetedConfig(AdapterConfig):
     """PEFT's fields for choosing modules."""
 
     target_modules: list[str] | str | None = None
-    """Names or path ends of the modules to adapt, a regular expression over whole paths, "all-linear"
-    for every linear layer but the head, or nothing for the usual ones of the model's type."""
+    """Names or path ends of the modules to adapt, a regular expression over whole paths,
+    "all-linear" for every linear layer but the head, or nothing for the model's usual ones."""
     exclude_modules: list[str] | str | None = None
     """Names or an expression of modules to leave out; wins over target_modules."""
     layers_to_transform: list[int] | int | None = None

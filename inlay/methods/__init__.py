@@ -18,7 +18,7 @@ def names() -> tuple[str, ...]:
 
 
 def method(name: str) -> Method:
-    """Return the method called `name` (any case); UserError names the nearest where there is none."""
+    """Return the method called `name` (any case); UserError names the nearest if there is none."""
     key = str(name).lower()
     if key not in names():
         raise UserError(

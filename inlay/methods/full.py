@@ -1,4 +1,4 @@
-"""Full fine-tuning, the baseline: W itself trains; nothing is set into the model, and what is saved is a plain model."""
+"""Full fine-tuning, the baseline: W itself trains, and what is saved is a plain model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from inlay.core.targeted import TargetedConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullConfig(TargetedConfig):
-    """Settings of full fine-tuning: with target_modules, only those modules train; without, the whole model does."""
+    """Settings of full fine-tuning: the target_modules train, or without any the whole model."""
 
     method = PeftType.FULL
 

@@ -37,7 +37,7 @@ class LoraConfig(TargetedConfig):
     lora_dropout: float = 0.0
     """Probability of zeroing an input of the update in training."""
     fan_in_fan_out: bool = False
-    """PEFT's note that a weight is stored [in, out]; read from the layer here, kept for the files."""
+    """PEFT's note that a weight is stored [in, out]; read from the layer, kept for the files."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train too: none, every one of the model, or those of the adapted layers."""
     use_rslora: bool = False
@@ -192,7 +192,10 @@ class Lora(Delta):
     def update(self, base: Base, x: Tensor) -> Tensor:
         """Return s B (A x), never the product of the two."""
         if x.is_floating_point():
-            x = F.dropout(x.to(self.lora_A.dtype), self.config.lora_dropout, self.training)
+            x = x.to(self.lora_A.dtype)
+            if self.config.lora_dropout:  # at 0 torch would still draw a mask and keep it
+                x = F.dropout(x, self.config.lora_dropout, self.training)
+        # scaled last, in PEFT's order: the same bits for the same adapter
         return base.up(base.down(x, self.lora_A), self.lora_B) * self.config.scaling
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -34,7 +34,7 @@ class Places:
 
 
 def spelled_out(sites: Sequence[str], model: nn.Module) -> list[str]:
-    """Return target_modules that mean exactly `sites`: last names where these suffice, else paths."""
+    """Return target_modules that mean exactly `sites`: last names if these suffice, else paths."""
     last = {path.rpartition(".")[2] for path in sites}
     meant = set(sites)
     suffice = all(p in meant for p, _ in modules(model) if any(e in last for e in patterns.ends(p)))

@@ -295,8 +295,8 @@ class Roster:
             others = [n for n, c in self.configs.items() if getattr(c, "bias", "none") != "none"]
             if others:
                 raise UserError(
-                    f"adapter {name!r} has bias={config.bias!r}, but {others[0]!r} trains biases "  # type: ignore[attr-defined]
-                    "already: only one adapter of a model can"
+                    f"adapter {name!r} trains biases, but {others[0]!r} does already: "
+                    "only one adapter of a model can"
                 )
 
 
@@ -307,7 +307,7 @@ def _way_out(kind: type[Adapter]) -> str:
 
 
 def _resolved(config: TargetedConfig, sites: targets.Sites, model: nn.Module) -> TargetedConfig:
-    """Return the configuration with what it leaves to the model filled in, as the file states it."""
+    """Return the configuration with what it leaves to the model filled in, as files state it."""
     given = config.target_modules
     changes: dict[str, Any] = {}
     if sites.adapted and (given is None or targets.is_all_linear(given)):

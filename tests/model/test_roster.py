@@ -118,7 +118,7 @@ def test_one_adapter_of_a_model_trains_biases(net):
     model, roster, _ = net
     roster.add("a", config("up", bias="lora_only"))
     before = trace(model)
-    with pytest.raises(UserError, match="'b' has bias='all', but 'a' trains biases already"):
+    with pytest.raises(UserError, match="'b' trains biases, but 'a' does already"):
         roster.add("b", config("up", bias="all"))
     assert trace(model) == before
     roster.remove("a")
