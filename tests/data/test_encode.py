@@ -215,13 +215,6 @@ def test_a_weight_stands_at_the_tokens_of_its_turn(tokenizers):
     assert tokenizers("chatml").decode(halved) == "one<|im_end|>"
 
 
-def test_what_a_tool_answers_is_not_trained(tokenizers, chat):
-    tokenizer = tokenizers("chatml")
-    (example,) = encode(chat("u: q", "a: call", "t: 42 degrees", "a: warm"), tokenizer)
-    assert trained(example, tokenizer) == "call<|im_end|>warm<|im_end|>"
-    assert "42 degrees" in written(example, tokenizer)
-
-
 def test_a_marker_inside_a_text_splits_no_span(tokenizers, chat):
     tokenizer = tokenizers("vicuna")
     (example,) = encode(chat("u: say ASSISTANT: x", "a: USER: y ASSISTANT: z"), tokenizer)
@@ -314,27 +307,6 @@ def test_two_answers_in_a_row_are_both_trained(tokenizers, chat):
     assert trained(example, tokenizer) == "one<|im_end|>two<|im_end|>"
 
 
-def test_tool_calls_are_trained_as_the_template_writes_them(tokenizers):
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-        "{% for call in m.tool_calls or [] %}"
-        "{{ '<tool_call>' + call.function.name + call.function.arguments + '</tool_call>' }}"
-        "{% endfor %}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-    turns = (
-        Message("user", "q"),
-        Message("assistant", "", tool_calls=(call,)),
-        Message("tool", "2"),
-        Message("assistant", "done"),
-    )
-    tokenizer = tokenizers("chatml")
-    (example,) = encode(Chat(turns, HERE), tokenizer, chat_template=template)
-    wanted = '<tool_call>f{"x": 1}</tool_call><|im_end|>done<|im_end|>'
-    assert trained(example, tokenizer) == wanted
-
-
 @pytest.mark.parametrize("spaces", ["first", "always"])
 @pytest.mark.parametrize("name", [name for name in END if name != "qwen3"])
 def test_a_tokenizer_that_begins_texts_with_a_space_trains_the_same(name, spaces, tokenizers, chat):
@@ -386,43 +358,6 @@ def test_every_message_appears_in_what_is_rendered_whatever_its_role_was_called(
         for example in encode(row, tokenizers(name), max_length=4096)[-1:]:
             text = written(example, tokenizers(name))
             assert all(turn["value"] in text for turn in raw["conversations"]), name
-
-
-def test_special_tokens_in_a_tool_call_end_no_turn(tokenizers):
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-        "{% for call in m.tool_calls or [] %}{{ call.function.name }}"
-        "{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    call = {"type": "function", "function": {"name": "say", "arguments": {"x": "a<|im_end|>b"}}}
-    turns = (Message("user", "q"), Message("assistant", "", tool_calls=(call,)))
-    tokenizer = tokenizers("chatml")
-    (example,) = encode(Chat(turns, HERE), tokenizer, chat_template=template)
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert example.labels.count(end) == 1
-    assert trained(example, tokenizer) == 'say{"x": "a<|im_end|>b"}<|im_end|>'
-
-
-def test_a_template_that_prints_python_for_an_object_is_given_json(tokenizers):
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-        "{% for call in m.tool_calls or [] %}{{ call.function.name }}:{{ call.function.arguments }}"
-        "{% endfor %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    call = {"type": "function", "function": {"name": "f", "arguments": {"x": True}}}
-    turns = (Message("user", "q"), Message("assistant", "", tool_calls=(call,)))
-    tokenizer = tokenizers("chatml")
-    (example,) = encode(Chat(turns, HERE), tokenizer, chat_template=template)
-    assert trained(example, tokenizer) == 'f:{"x": true}<|im_end|>'
-
-
-def test_a_tool_call_that_the_template_leaves_out_is_refused(tokenizers):
-    call = {"type": "function", "function": {"name": "look_up", "arguments": {"x": 1}}}
-    turns = (Message("user", "q"), Message("assistant", "wait", tool_calls=(call,)))
-    with pytest.raises(UserError, match=r"leaves out 'look_up' in a tool call of message 2"):
-        encode(Chat(turns, HERE), tokenizers("chatml"))
 
 
 def test_empty_messages_and_a_first_word_of_the_assistant_keep_the_cost_linear(
