@@ -1,7 +1,7 @@
 """Examples -> one row without padding, in which they do not see each other.      T tokens in all.
 
-In transformers 5, position_ids that begin anew keep the rows of a packed batch apart in every
-attention backend, but only if no attention mask is given and no cache is used: an all-ones mask, or
+In transformers 5, position_ids that begin anew keep the rows of a packed batch apart in most
+architectures and every attention backend, but only if no attention mask is given and no cache is used: an all-ones mask, or
 the default cache, lets each row see the ones before it, without a message.
 """
 
@@ -67,6 +67,7 @@ def check_packable(model_config: Any) -> None:
     """Refuse packing for models with layers that carry a state from token to token.
 
     Raises UserError for state-space and linear-attention layers, which position_ids do not reset.
+    That the layers left keep rows apart is tried before training (inlay.train.setup).
     """
     config = getattr(model_config, "text_config", None) or model_config
     layers = set(getattr(config, "layer_types", None) or ())

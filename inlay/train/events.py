@@ -1,21 +1,23 @@
 """What happened in a run: events.jsonl, one JSON object a line; bars and plots are views of it.
 
-    {"event": "start", "step": 0, "steps": 120, ...}
-    {"event": "step", "step": 1, "steps": 120, "epoch": 0.008, "loss": 2.31, "lr": 1e-4,
-    "grad_norm": 0.7,
-     "tokens": 911, "trained_tokens": 312, "tokens_per_s": 5120.0, "memory_mb": 410.2, "eta_s":
-     31.0}
-    {"event": "eval", "step": 60, "loss": 1.9, "perplexity": 6.7, "tokens": 4012}
-    {"event": "save", "step": 100, "path": "checkpoints/step-100"}
-    {"event": "notice", "step": 0, "text": "skipped ...: digest differs"}    {"event": "resume",
-    "step": 100} {"event": "nonfinite", "step": 7, "loss": null, "rows": ["chats.jsonl:3"]}
-    {"event": "end", "step": 120, "stopped": "done", ...}
+    event       step        fields
+    start       0           steps, rows, eval_rows, trainable, precision
+    resume      as saved    the same
+    step        its number  steps, epoch, loss, lr, grad_norm, tokens, trained_tokens,
+                            tokens_per_s, memory_mb, eta_s
+    eval        as trained  loss, perplexity, tokens, best
+    save        as saved    path
+    notice      any         text
+    nonfinite   as trained  at, rows, text
+    end         the last    stopped, total_steps, train_loss, eval_loss, best_eval_loss, ...
 
-A step is counted from 1 when it is done. Each event has "time", seconds since 1970.
+A step is counted from 1 when it is done. Each event has "time", seconds since 1970; losses are in
+nats a trained token, and the losses of a step line are means over the steps since the last one.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -49,8 +51,7 @@ class Events:
         }
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            _append(self.path, json.dumps(line) + "\n")
         for listener in self.listeners:
             listener(line)
         return line
@@ -66,10 +67,32 @@ class Events:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
+def _append(path: Path, line: str) -> None:
+    with open(path, "ab", buffering=0) as file:
+        whole = file.seek(0, os.SEEK_END)
+        try:
+            written = file.write(line.encode())
+            if written < len(line.encode()):  # the disk took a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(whole)
+            raise
+
+
 def read_events(path: str | Path) -> list[Event]:
-    """Return the events of an events.jsonl; a last line that is not whole yet is left out."""
-    lines = Path(path).read_text("utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    """Return the events of an events.jsonl; lines that are not whole are left out.
+
+    The last one may be being written, and one before it may have been cut by a power failure.
+    """
+    events = []
+    for line in Path(path).read_text("utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    return events
 
 
 def memory_mb(device: torch.device) -> float:

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from inlay.core.errors import UserError
-from inlay.data.pack import check_packable
 from inlay.train.distributed import add_up, rank, world
 from inlay.train.evaluate import evaluate_loss
 from inlay.train.events import Events, memory_mb
@@ -31,7 +30,7 @@ from inlay.train.progress import Outcome, Progress, Stopped
 from inlay.train.resume import Keeper, digest_rows
 from inlay.train.schedule import learning_rate
 from inlay.train.settings import TrainConfig
-from inlay.train.setup import require_fresh, trainable, training_mode
+from inlay.train.setup import require_fresh, require_isolation, trainable, training_mode
 from inlay.train.signals import Stop, stop_signals
 from inlay.train.step import NonFiniteError, Stepper
 
@@ -60,7 +59,7 @@ def fit(
     """
     config.validate()
     if config.packing:
-        check_packable(getattr(model, "config", None))
+        require_isolation(model)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(_cuda_devices()))
         stack.enter_context(training_mode(model, config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -55,7 +56,8 @@ class Progress:
     def add_evaluation(self, loss: float, threshold: float) -> bool:
         """Count an evaluation; return whether it is the best so far, by more than `threshold`."""
         self.eval_loss = loss
-        best = self.best_loss is None or loss < self.best_loss - threshold
+        # a loss that is NaN is never the best, and no later one is compared with it
+        best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss - threshold)
         if best:
             self.best_loss, self.best_step = loss, self.step
         self.evals_without_best = 0 if best else self.evals_without_best + 1

@@ -108,11 +108,7 @@ def fill(
 
     Raises UserError, with nothing copied, that lists every name and shape that differs.
     """
-    weights = {
-        name.removeprefix("weights."): t
-        for name, t in tensors.items()
-        if name.startswith("weights.")
-    }
+    weights = _under("weights.", tensors)
     wrong = [f"{name} is missing" for name in parameters.keys() - weights.keys()]
     wrong += [f"{name} is not trained here" for name in weights.keys() - parameters.keys()]
     wrong += [
@@ -129,15 +125,14 @@ def fill(
     with torch.no_grad():
         for name, parameter in parameters.items():
             # copied into the memory the model has: a tensor that views the file may be aligned
-            # another way, and # matrix products may then round another way
+            # otherwise, and matrix products may then round otherwise
             parameter.copy_(weights[name])
     if optimizer is not None:
-        state = {
-            n.removeprefix("optimizer."): t
-            for n, t in tensors.items()
-            if n.startswith("optimizer.")
-        }
-        load_optimizer_tensors(optimizer, parameters, state)
+        load_optimizer_tensors(optimizer, parameters, _under("optimizer.", tensors))
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def check_same_run(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

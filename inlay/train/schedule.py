@@ -1,10 +1,13 @@
 """The learning rate as a function of the step alone, so that a resumed run needs no state of it.
 
-    lr(s) = peak * (s + 1) / (w + 1)                       for s < w                    w steps of
-    warmup cosine: peak * (1 + cos(pi * p)) / 2    linear: peak * (1 - p)    constant: peak    p =
-    (s - w) / (total - w)
+    lr(s) = peak * (s + 1) / (w + 1)            for s < w, the steps of warmup; after them, with
+    p = (s - w) / (total - w):
+        cosine      peak * (1 + cos(pi * p)) / 2
+        linear      peak * (1 - p)
+        constant    peak
 
-Steps count from 0. The first step already moves, and the last one is not 0: no step is wasted.
+Steps count from 0. The first step already moves and the last one still does: no step is wasted.
+(transformers' schedules begin the warmup at 0; after it they are these.)
 """
 
 from __future__ import annotations

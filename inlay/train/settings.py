@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from inlay.core.errors import UserError
+
+Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["auto", "float32", "bfloat16"]
+SCHEDULES, PRECISIONS = get_args(Schedule), get_args(Precision)
+POSITIVE = (
+    *("num_epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps"),
+    *("eval_batch_size", "eval_steps", "save_steps", "save_total_limit", "logging_steps"),
+    "early_stopping_patience",
+)
+NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "early_stopping_threshold", "seed")
+# what a resumed run may have otherwise: how long it goes on, what it measures and writes
+MAY_CHANGE = (
+    *("num_epochs", "max_steps", "eval_batch_size", "eval_steps", "save_steps"),
+    *("save_total_limit", "logging_steps", "restore_best"),
+    *("early_stopping_patience", "early_stopping_threshold"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +51,7 @@ class TrainConfig:
     learning_rate: float = 2e-4
     """Peak learning rate of AdamW."""
 
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_scheduler: Schedule = "cosine"
     """After the warmup: half a cosine or a straight line down to 0, or the peak throughout."""
 
     warmup_ratio: float = 0.03
@@ -57,12 +75,11 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """A step's gradient is scaled down to this 2-norm where it is larger; 0 = never."""
 
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     """Of the forward and backward arithmetic; the trained weights stay as they are.
 
-    auto = bfloat16 where the model
-    holds bfloat16 weights or the device multiplies it natively (CUDA compute 8.0 and up, CPUs with
-    AMX)."""
+    auto = bfloat16 where the model holds bfloat16 weights or the device multiplies it natively
+    (CUDA compute 8.0 and up, CPUs with AMX)."""
 
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass, not keep them: slower, much less memory."""
@@ -94,70 +111,28 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise UserError for the first value that cannot be: what it is, what it may be."""
-        positive: tuple[str, ...] = (
-            "num_epochs",
-            "max_steps",
-            "micro_batch_size",
-            "gradient_accumulation_steps",
-            "eval_batch_size",
-        )
-        positive += (
-            "eval_steps",
-            "save_steps",
-            "save_total_limit",
-            "logging_steps",
-            "early_stopping_patience",
-        )
-        for name in positive:
+        for name in POSITIVE:
             self._require(name, lambda value: value > 0, "above 0")
         for name in ("learning_rate", "adam_epsilon"):
-            self._require(name, lambda value: 0 < value < float("inf"), "above 0 and finite")
-        for name in (
-            "warmup_steps",
-            "weight_decay",
-            "max_grad_norm",
-            "early_stopping_threshold",
-            "seed",
-        ):
+            self._require(name, lambda value: 0 < value < math.inf, "above 0 and finite")
+        for name in NOT_NEGATIVE:
             self._require(name, lambda value: value >= 0, "0 or more")
         self._require("warmup_ratio", lambda value: 0 <= value <= 1, "between 0 and 1")
         for name in ("adam_beta1", "adam_beta2"):
             self._require(name, lambda value: 0 <= value < 1, "at least 0 and below 1")
-        for name, choices in (
-            ("lr_scheduler", ("cosine", "linear", "constant")),
-            ("precision", ("auto", "float32", "bfloat16")),
-        ):
-            self._require(
-                name,
-                lambda value, choices=choices: value in choices,
-                "one of " + ", ".join(choices),
-            )
+        self._require("lr_scheduler", SCHEDULES.__contains__, "one of " + ", ".join(SCHEDULES))
+        self._require("precision", PRECISIONS.__contains__, "one of " + ", ".join(PRECISIONS))
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that a resumed run must share with the run it goes on with."""
-        free = {
-            "num_epochs",
-            "max_steps",
-            "eval_batch_size",
-            "save_steps",
-            "save_total_limit",
-            "logging_steps",
-        }
-        free |= {
-            "eval_steps",
-            "early_stopping_patience",
-            "early_stopping_threshold",
-            "restore_best",
-        }
         return {
             field.name: getattr(self, field.name)
             for field in fields(self)
-            if field.name not in free
+            if field.name not in MAY_CHANGE
         }
 
-    def _require(self, name: str, holds: Any, what: str) -> None:
+    def _require(self, name: str, holds: Callable[[Any], bool], what: str) -> None:
         value = getattr(self, name)
-        if value is not None and not holds(
-            value
-        ):  # NaN holds nothing, and is refused with the rest
+        # NaN holds nothing, and is refused with the rest
+        if value is not None and not holds(value):
             raise UserError(f"train.{name} is {value!r}; it must be {what}")

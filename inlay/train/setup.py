@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
+from inlay.data.pack import check_packable
+from inlay.train.evaluate import inference
+from inlay.train.precision import device_of
 from inlay.train.settings import TrainConfig
 
 
@@ -37,6 +41,38 @@ def require_fresh(folder: Path) -> None:
         raise UserError(
             f"{folder} holds a run already ({found[0].name}, ...): "
             f"resume it, or give another output_dir"
+        )
+
+
+@torch.no_grad()
+def require_isolation(model: nn.Module) -> None:
+    """Raise UserError where packed rows see each other in `model`; tried on 2 rows of 8 tokens.
+
+    Only trying tells: several architectures (OPT, Falcon, Bloom, ...) take position_ids that begin
+    anew, and join the rows all the same.
+    """
+    check_packable(getattr(model, "config", None))
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    words, device = embeddings.weight.shape[0], device_of(model)
+    ids = (torch.arange(16, device=device) * 7919 + 1)[None] % words
+    anew = torch.arange(8, device=device).repeat(2)[None]
+    with inference(model):
+        try:
+            packed = model(input_ids=ids, position_ids=anew, use_cache=False).logits[0, 8:]
+        except TypeError as error:
+            raise UserError(
+                f"train.packing: {type(model).__name__} takes no position_ids; set packing: false"
+            ) from error
+        alone = model(input_ids=ids[:, 8:], use_cache=False).logits[0]
+        joined = model(input_ids=ids, use_cache=False).logits[0, 8:]
+    leak, all_of_it = (float((one - alone).abs().max()) for one in (packed, joined))
+    # in float32 rounding is a millionth of what a joined row differs by; in half precision, where
+    # experts may be chosen anew, it is up to a tenth
+    share = 1e-3 if packed.dtype == torch.float32 else 0.25
+    if leak > share * all_of_it:
+        raise UserError(
+            f"train.packing: in {type(model).__name__} packed rows see each other (their outputs "
+            f"change by {leak:.1e}, of {all_of_it:.1e} where rows are joined); set packing: false"
         )
 
 
