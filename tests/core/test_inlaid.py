@@ -125,6 +125,15 @@ def test_the_original_weight_follows_a_model_that_is_converted_while_merged():
     assert host.base_layer.weight is original
 
 
+def test_the_layers_own_parameters_are_known_also_while_others_are_merged_in_their_place():
+    host = hosted(nn.Linear(4, 3), "a")
+    own = dict(host.base_layer._parameters)
+    assert host.originals() == own
+    host.merge(("a",))
+    assert host.base_layer.weight is not own["weight"]
+    assert {n: id(p) for n, p in host.originals().items()} == {n: id(p) for n, p in own.items()}
+
+
 def test_the_state_of_a_host_goes_there_and_back():
     host, other = hosted(nn.Linear(4, 3), "a"), hosted(nn.Linear(4, 3), "a")
     x = torch.randn(2, 4)

@@ -166,3 +166,13 @@ def test_a_copied_model_has_one_selection_of_its_own(deep):
     roster.select(("b",))
     merged = twin(x)
     torch.testing.assert_close(model(x), merged)
+
+
+def test_a_compiled_model_follows_the_selection(deep):
+    model, roster = deep
+    x = torch.randn(3, 6, dtype=torch.float64)
+    compiled = torch.compile(model.eval(), backend="eager", fullgraph=True)
+    for chosen in (("a",), ("b",), ("a", "b"), ()):
+        roster.select(chosen)
+        torch.testing.assert_close(compiled(x), model(x))
+    torch._dynamo.reset()

@@ -21,6 +21,7 @@ from torch import nn
 import inlay.bases
 from inlay.bases import layers, view
 from inlay.core.adapter import Adapter, Bias, Copy, Reweight
+from inlay.core.base import Base
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Adapted, Inlaid
 from inlay.core.selection import Selection
@@ -53,6 +54,21 @@ def floats(*shape: int) -> torch.Tensor:
 
 def ids() -> torch.Tensor:
     return torch.randint(1, 11, (3, 4))
+
+
+class Scale(Reweight):
+    """diag(s) W, s * b: a method as short as one can be, which only says what it means."""
+
+    def __init__(self, config: Any, base: Base, *, device: torch.device | None = None) -> None:
+        super().__init__(config, base, device=device)
+        self.scale = self.parameter(base.shape[0])
+
+    def reweight(
+        self, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        scale = self.scale.to(weight.dtype)
+        rows = scale if weight.ndim == 1 else scale[:, None]
+        return rows * weight, None if bias is None else scale * bias
 
 
 Sample = Callable[[], tuple[nn.Module, torch.Tensor]]
@@ -107,6 +123,7 @@ MADE: dict[str, tuple[type[Adapter], Any]] = {
         for name in HOSTED
         for setting in SETTINGS.get(name, [{}])
     },
+    "no more than a meaning": (Scale, LoraConfig()),
     "bias": (Bias, LoraConfig(bias="all")),
     "copy": (Copy, LoraConfig()),
 }
