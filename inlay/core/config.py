@@ -57,12 +57,13 @@ class AdapterConfig:
         """Refuse what cannot be; raises UserError naming the field, the value and the limit."""
         object.__setattr__(self, "peft_type", str(self.method))
         if self.task_type is not None:
-            if str(self.task_type) not in TaskType.__members__:
+            task = str(plain(self.task_type))  # an enum of another library's counts by its value
+            if task not in TaskType.__members__:
                 raise UserError(
-                    f"task_type {self.task_type!r} is not one of {', '.join(TaskType)}."
-                    f"{nearest(str(self.task_type).upper(), TaskType)}"
+                    f"task_type {task!r} is not one of {', '.join(TaskType)}."
+                    f"{nearest(task.upper(), TaskType)}"
                 )
-            object.__setattr__(self, "task_type", str(self.task_type))
+            object.__setattr__(self, "task_type", task)
         for field in dataclasses.fields(self):
             given = getattr(self, field.name)
             # PEFT writes an empty list where nothing is set

@@ -68,10 +68,10 @@ def _listed(field: str, value: Any) -> Any:
         return [value]
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, list | tuple | set | frozenset):
-        patterns.check_counts(field, value)
-    if not isinstance(plain(value), list) or not all(isinstance(v, str) and v for v in value):
+    named = isinstance(value, list | tuple | set | frozenset)
+    if not named or not all(isinstance(v, str) and v for v in value):
         raise UserError(f"{field}={str(value)[:200]} must be a list of module names")
+    patterns.check_counts(field, value)
     return plain(value)
 
 

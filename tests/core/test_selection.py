@@ -143,6 +143,17 @@ def test_without_the_context_a_switch_before_the_backward_pass_is_felt(deep):
     )
 
 
+def test_gradients_taken_away_before_the_backward_pass_are_an_error_where_it_recomputes(deep):
+    """As with PEFT, select() takes them away; without recomputation torch then drops them."""
+    model, roster = deep
+    model.contexts = roster.selection.checkpoint_context
+    roster.select(("a",))
+    loss = model(torch.randn(2, 6, dtype=torch.float64, requires_grad=True)).sum()
+    roster.select(("b",))
+    with pytest.raises(RuntimeError, match="different number of tensors"):
+        loss.backward()
+
+
 def test_a_copied_model_has_one_selection_of_its_own(deep):
     model, roster = deep
     twin, twins_roster = copy.deepcopy((model, roster))

@@ -30,6 +30,7 @@ def test_names_come_out_as_lists_however_they_came():
     ("settings", "says"),
     [
         ({"target_modules": [1]}, r"target_modules=\[1\] must be a list of module names"),
+        ({"target_modules": {1, "q"}}, "must be a list of module names"),
         ({"target_modules": [""]}, "must be a list of module names"),
         ({"target_modules": 3}, "must be a list of module names"),
         ({"target_modules": [f"n{i}" for i in range(100_001)]}, "over the limit of 100000"),
@@ -58,6 +59,12 @@ def test_a_configuration_is_frozen_and_a_changed_one_is_another():
     assert (config.r, changed.r, changed.task_type) == (4, 5, "CAUSAL_LM")
     with pytest.raises(UserError):
         config.replace(r=-1)
+
+
+def test_pefts_own_task_types_are_understood():
+    import peft
+
+    assert LoraConfig(task_type=peft.TaskType.SEQ_CLS).task_type == "SEQ_CLS"
 
 
 def test_a_configuration_is_the_same_at_every_site_where_it_has_no_patterns():
