@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +84,10 @@ def embeddings(model: nn.Module) -> dict[str, nn.Parameter]:
 
     They are the base's own, also where adapters are merged into them.
     """
-    getters = ("get_input_embeddings", "get_output_embeddings")
-    given = [getattr(model, getter)() for getter in getters if hasattr(model, getter)]
-    layers = {id(plain(module)) for module in given if module is not None}
+    layers = set()
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):  # CLIP has two towers, and no such
+            layers.add(id(plain(getattr(model, getter)())))
     found: dict[str, nn.Parameter] = {}
     for path, module in modules(model):
         if id(plain(module)) in layers:

@@ -314,9 +314,7 @@ def test_a_rank_bomb_takes_no_memory(tiny_llama: Any, saved: Path, rank: int) ->
 @pytest.mark.timeout(30)
 def test_a_pattern_bomb_is_refused(tiny_llama: Any, saved: Path, changes: Any) -> None:
     rewrite(saved, **changes)
-    refused(
-        tiny_llama(), saved, "more than|over the limit|matches no module"
-    )
+    refused(tiny_llama(), saved, "more than|over the limit|matches no module")
 
 
 def test_a_tensor_file_that_claims_more_than_it_holds_is_refused(tiny_llama, saved) -> None:
