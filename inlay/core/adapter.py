@@ -146,10 +146,14 @@ class Delta(Reweight):
     def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return base(x) plus the update's share, in the dtype of base(x)."""
         below = base(x, *args, **kwargs)
-        out = below + self.update(base, x)
-        if self.bias is not None:
-            out = out + base.spread(self.bias - base.bias())  # type: ignore[operator]
-        return out.to(below.dtype)
+        return (below + self.share(base, x)).to(below.dtype)
+
+    def share(self, base: Base, x: Any) -> Tensor:
+        """Return all that the adapter adds to base(x): the update, and the bias's change."""
+        out = self.update(base, x)
+        if self.bias is None:
+            return out
+        return out + base.spread(self.bias - base.bias())  # type: ignore[operator]
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return PEFT's keys; a trained bias stands under the base layer's name."""

@@ -24,7 +24,7 @@ from inlay.core.adapter import Adapter, Bias, Copy, Reweight
 from inlay.core.base import Base
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Adapted, Inlaid
-from inlay.core.selection import Selection
+from inlay.core.selection import BASE, Selection
 from inlay.methods import method, names
 from inlay.methods.lora import LoraConfig
 from inlay.model.roster import Roster
@@ -226,6 +226,23 @@ def test_a_stack_is_the_fold_of_its_weights(below, above, sample):
     host = Inlaid(base, Selection(("a", "b")))
     host.adapters.update({"a": first, "b": second})
     assert_same(host(x), meant, leaves, f"a host of {above} over {below} on {sample}")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "sample"), [case for case in STACKED if "without batch" not in case[2]]
+)
+def test_each_row_of_a_batch_computes_what_it_would_alone(one, other, sample):
+    module, x = sampled(sample)
+    first, second = filled(one, module, 1), filled(other, module, 3)
+    host = Inlaid(view(module), Selection())
+    host.adapters.update({"a": first, "b": second})
+    leaves = leaves_of(x, first, second)
+    alone = []
+    for name in (rows := ["b", BASE, "a"]):
+        with host.selection.using(active=(name,)):
+            alone.append(host(x[len(alone) : len(alone) + 1]))
+    with host.selection.using(rows=rows):
+        assert_same(host(x), torch.cat(alone), leaves, f"{one} and {other} on {sample}")
 
 
 @pytest.mark.parametrize(("made", "sample"), CROSSED)
