@@ -9,7 +9,9 @@ counted after it. B rows, S positions, N trained positions, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +35,17 @@ def token_loss(policy: nn.Module, batch: Batch, norm: dict[str, Tensor]) -> Tens
 
     Where N = 0 it is a 0 that hangs on the graph.
     """
+    trained = batch.labels[:, 1:] != IGNORED
+    # the head computes only positions at which some row is trained: of assistant-only data that is
+    # a fraction, and in small models the head is a large part of the time and most of the memory
+    asked = trained.any(0).nonzero().squeeze(1)
+    kept = {"logits_to_keep": asked} if _takes_positions(policy) else {}
     # no cache: with one, transformers takes reset position_ids for one row, and packed rows would
     # see each other
-    logits = policy(**batch.inputs(), use_cache=False).logits
-    trained = batch.labels[:, 1:] != IGNORED
-    # only the N trained rows of V numbers reach float32: on assistant-only data that is most of the
-    # memory saved
-    rows = logits[:, :-1][trained].float()
-    targets = batch.labels[:, 1:][trained]
+    logits = policy(**batch.inputs(), use_cache=False, **kept).logits
+    # only the N trained rows of V numbers reach float32
+    rows = logits[trained[:, asked]] if kept else logits[:, :-1][trained]
+    rows, targets = rows.float(), batch.labels[:, 1:][trained]
     weights = getattr(batch, "weights", None)
     if weights is None:
         total = nn.functional.cross_entropy(rows, targets, reduction="sum")
@@ -49,3 +54,15 @@ def token_loss(policy: nn.Module, batch: Batch, norm: dict[str, Tensor]) -> Tens
         total = (each * weights[:, 1:][trained].to(each)).sum()
     # a step that trains nothing at all has norm 0 and total 0
     return total / norm["tokens"].to(total).clamp(min=torch.finfo(total.dtype).tiny)
+
+
+def _takes_positions(policy: nn.Module) -> bool:
+    # a PeftModel hands its arguments on to the base
+    base = getattr(policy, "get_base_model", None)
+    model: Any = policy if base is None else base()
+    return "logits_to_keep" in _arguments(type(model))
+
+
+@functools.cache
+def _arguments(kind: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)

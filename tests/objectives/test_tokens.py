@@ -22,6 +22,17 @@ def example(ids, trained_from, line=1):
 ROWS = [example([5, 6, 7, 8, 9, 10], 3, 1), example([11, 12, 13], 1, 2), example([14, 15], 0, 3)]
 
 
+class Unasked(torch.nn.Module):
+    """A model that cannot be asked for some positions only."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+        return self.model(input_ids, attention_mask, position_ids, use_cache=use_cache)
+
+
 def plain_loss(model, rows):
     """Return the mean over all trained tokens, one row at a time."""
     losses = []
@@ -85,3 +96,19 @@ def test_the_registry_is_the_files_and_an_unknown_name_is_not_there():
     assert "base" not in OBJECTIVES
     with pytest.raises(KeyError):
         OBJECTIVES["sfr"]
+
+
+@pytest.mark.parametrize(("packing", "widths"), [(False, [5, 6]), (True, [6, 11])])
+def test_the_head_computes_only_where_a_row_is_trained_with_the_same_gradients(
+    tiny_llama, tiny_tokenizer, packing, widths
+):
+    found, computed = [], []
+    for kind in (None, Unasked):
+        model, objective = tiny_llama(), Sft(packing=packing)
+        model.lm_head.register_forward_hook(lambda *args: computed.append(args[2].shape[1]))
+        batch = objective.collate(ROWS, tiny_tokenizer)
+        policy = model if kind is None else kind(model)
+        objective.loss(policy, batch, objective.counts(batch)).backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
+    assert computed == widths
