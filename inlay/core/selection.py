@@ -35,8 +35,8 @@ class Selection:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The names applied to every row."""
-        return self._active
+        """The names applied to every row; while some are merged, those."""
+        return self.merged or self._active
 
     @active.setter
     def active(self, names: tuple[str, ...]) -> None:

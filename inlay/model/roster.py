@@ -189,6 +189,8 @@ class Roster:
     def merge(self, names: Sequence[str] | None = None, *, check: bool = False) -> None:
         """Merge the named (default: active) adapters into the base, keeping the originals.
 
+        They count as the active ones until `unmerge`, after which those of before are active again.
+
         Either every site is merged or none: with a method that cannot, or (with `check`) a value
         that is not finite, what was merged before the error is put back. UserError names the site.
         """
@@ -211,7 +213,6 @@ class Roster:
         except BaseException:
             self.unmerge()
             raise
-        self.selection.active = chosen
         self.selection.merged = chosen
 
     def unmerge(self) -> None:

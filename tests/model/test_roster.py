@@ -164,6 +164,21 @@ def test_parameters_without_memory_wait_for_a_loader(net):
     assert {p.device.type for a in made.values() for p in a.parameters()} == {"meta"}
 
 
+def test_a_model_taken_out_begins_anew_with_the_flags_it_then_has(net):
+    model, roster, _ = net
+    roster.add("a", config("up"))
+    roster.take_out(merged=False)
+    assert (roster.names, roster.hosts, roster.selection.active) == ((), {}, ())
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    before = trace(model)
+    roster.add("a", config("down"))
+    roster.select(("a",))
+    assert not model.head.weight.requires_grad
+    roster.take_out(merged=False)
+    assert trace(model) == before
+
+
 # -- one module, several places
 
 
@@ -246,6 +261,21 @@ def test_unmerging_gives_every_parameter_back_itself(net, chosen):
         roster.unmerge()
     assert trace(model) == before
     assert torch.equal(model(x), expected)
+
+
+def test_merging_another_than_the_active_adapter_makes_it_active_until_unmerged(net):
+    model, roster, x = net
+    everything(roster)
+    with roster.selection.using(active=("b",)):
+        expected = model(x)
+    before, active = trace(model), model(x)
+    roster.merge(("b",))
+    assert roster.selection.active == ("b",)
+    torch.testing.assert_close(model(x), expected)
+    roster.unmerge()
+    assert roster.selection.active == ("a",)
+    assert trace(model) == before
+    assert torch.equal(model(x), active)
 
 
 def test_unload_while_merged_gives_the_original_back(net):
