@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import regex
 
@@ -103,55 +103,54 @@ def layer(names: Sequence[str] | str | None, path: str) -> int | None:
     return None
 
 
-def first(patterns: Mapping[str, T], path: str, otherwise: T) -> T:
-    """Return the value of the first key that matches the path's end (PEFT's rule for ranks).
+class Keys(Generic[T]):
+    """Patterns of path ends with a value each, in their order: PEFT's rank_pattern and the like.
 
     A key of letters, digits, "_", "-" and dots is a name; any other is a regular expression.
     """
-    order, expressions = _sorted(tuple(patterns))
-    hits = [order[end] for end in ends(path) if end in order]
-    before = min(hits, default=(len(patterns), ""))
-    for at, key in expressions:
-        if at > before[0]:
-            break
-        if fullmatch(rf"(.*\.)?({key})", path):
-            return patterns[key]
-    return patterns[before[1]] if hits else otherwise
 
+    def __init__(self, patterns: Mapping[str, T]) -> None:
+        """Sort the names from the expressions; UserError where these are too many."""
+        self._values = list(patterns.values())
+        self._names: dict[str, int] = {}
+        self._expressions: list[tuple[int, str]] = []
+        for at, key in enumerate(patterns):
+            if regex.fullmatch(r"[\w.-]+", key):
+                self._names[key] = at
+            else:
+                self._expressions.append((at, rf"(.*\.)?({key})"))
+        if len(self._expressions) > MOST_EXPRESSIONS:
+            raise UserError(
+                f"{len(self._expressions)} regular expressions for modules; the limit is "
+                f"{MOST_EXPRESSIONS}: use plain names"
+            )
 
-def unused(patterns: Mapping[str, T], paths: Collection[str]) -> list[str]:
-    """Return the keys that match the end of none of the paths."""
-    order, expressions = _sorted(tuple(patterns))
-    reached = {end for path in paths for end in ends(path)}
-    idle = [key for key in order if key not in reached]
-    for _, key in expressions:
-        if not any(fullmatch(rf"(.*\.)?({key})", path) for path in paths):
-            idle.append(key)
-    return idle
+    def first(self, path: str, otherwise: T) -> T:
+        """Return the value of the first key that matches the path's end."""
+        last = len(self._values)
+        found = min((self._names[end] for end in ends(path) if end in self._names), default=last)
+        for at, expression in self._expressions:
+            if at > found:
+                break
+            if fullmatch(expression, path):
+                found = at
+                break
+        return otherwise if found == last else self._values[found]
+
+    def unused(self, paths: Collection[str]) -> list[int]:
+        """Return the places of the keys that match the end of none of the paths."""
+        reached = {end for path in paths for end in ends(path)}
+        idle = [at for name, at in self._names.items() if name not in reached]
+        for at, expression in self._expressions:
+            if not any(fullmatch(expression, path) for path in paths):
+                idle.append(at)
+        return sorted(idle)
 
 
 def check_counts(field: str, keys: Sized) -> None:
     """Raise UserError where a field holds more names than it may."""
     if len(keys) > MOST_NAMES:
         raise UserError(f"{field} holds {len(keys)} names, over the limit of {MOST_NAMES}")
-
-
-@lru_cache(maxsize=64)
-def _sorted(keys: tuple[str, ...]) -> tuple[dict[str, tuple[int, str]], list[tuple[int, str]]]:
-    """Return the names' places in the order of `keys`, and the expressions with theirs."""
-    order: dict[str, tuple[int, str]] = {}
-    expressions: list[tuple[int, str]] = []
-    for at, key in enumerate(keys):
-        if regex.fullmatch(r"[\w.-]+", key):
-            order.setdefault(key, (at, key))
-        else:
-            expressions.append((at, key))
-    if len(expressions) > MOST_EXPRESSIONS:
-        raise UserError(
-            f"{len(expressions)} regular expressions for modules; the limit is {MOST_EXPRESSIONS}: "
-            "use plain names"
-        )
-    return order, expressions
 
 
 def _timed(how: str, expression: str, path: str) -> regex.Match[str] | None:

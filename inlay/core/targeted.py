@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from inlay.core import patterns
 from inlay.core.config import AdapterConfig, plain
 from inlay.core.errors import UserError
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,9 +55,12 @@ class TargetedConfig(AdapterConfig):
                 "to say which layers"
             )
 
-    def pattern(self, by_pattern: Mapping[str, T], site: str, otherwise: T) -> T:
-        """Return the first value whose key matches the end of `site`, or `otherwise`."""
-        return patterns.first(by_pattern, site, otherwise)
+    def site_keys(self, field: str) -> patterns.Keys[Any]:
+        """Return the patterns in a field of `by_site`, sorted once for all sites."""
+        made: dict[str, patterns.Keys[Any]] = self.__dict__.setdefault("_keys", {})
+        if field not in made:
+            made[field] = patterns.Keys(getattr(self, field))
+        return made[field]
 
 
 def _listed(field: str, value: Any) -> Any:

@@ -142,9 +142,9 @@ class LoraConfig(TargetedConfig):
         if not (self.rank_pattern or self.alpha_pattern):
             return self
         here = copy.copy(self)  # its values were checked when the configuration was made
-        object.__setattr__(here, "r", self.pattern(self.rank_pattern, site, self.r))
-        alpha = self.pattern(self.alpha_pattern, site, self.lora_alpha)
-        object.__setattr__(here, "lora_alpha", alpha)
+        for field, by_site in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+            value = self.site_keys(by_site).first(site, getattr(self, field))
+            object.__setattr__(here, field, value)
         return here
 
     @property

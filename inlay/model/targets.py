@@ -223,7 +223,8 @@ def _all_applied(config: TargetedConfig, found: dict[str, nn.Module], adapted: l
                 f"{max((n for n in there if n is not None), default='none')}"
             )
     for field in config.by_site:
-        unused = patterns.unused(getattr(config, field), adapted)
+        given = list(getattr(config, field))
+        unused = [given[at] for at in config.site_keys(field).unused(adapted)]
         if unused:
             raise UserError(
                 f"{field} names {_listed(unused)}, which is the end of no adapted module's path."

@@ -69,7 +69,7 @@ def reference(keys: dict[str, int], path: str, otherwise: int) -> int:
 )
 def test_the_first_key_that_matches_gives_the_value_as_in_peft(keys):
     for path in PATHS:
-        assert patterns.first(keys, path, -1) == reference(keys, path, -1)
+        assert patterns.Keys(keys).first(path, -1) == reference(keys, path, -1)
 
 
 def test_keys_that_reach_no_path_are_told():
@@ -80,7 +80,7 @@ def test_keys_that_reach_no_path_are_told():
         "(x|y)": 1,
         "layers.11.mlp.experts.3.up_proj": 1,
     }
-    assert patterns.unused(keys, PATHS) == ["k_proj", "(x|y)"]
+    assert [list(keys)[at] for at in patterns.Keys(keys).unused(PATHS)] == ["k_proj", "(x|y)"]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_budget_inside_another_adds_nothing():
 
 def test_more_expressions_or_names_than_the_limit_are_refused():
     with pytest.raises(UserError, match="1001 regular expressions"):
-        patterns.first({f"a{i}.*": 1 for i in range(1001)}, "b", 0)
+        patterns.Keys({f"a{i}.*": 1 for i in range(1001)})
     with pytest.raises(UserError, match="holds 100001 names, over the limit"):
         patterns.check_counts("target_modules", range(100_001))
 

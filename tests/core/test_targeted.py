@@ -61,6 +61,14 @@ def test_a_configuration_is_frozen_and_a_changed_one_is_another():
         config.replace(r=-1)
 
 
+def test_patterns_are_sorted_once_for_all_sites():
+    config = LoraConfig(rank_pattern={"q": 3})
+    assert config.site_keys("rank_pattern") is config.at("a.q").site_keys("rank_pattern")
+    changed = config.replace(rank_pattern={"q": 4})
+    assert [c.at("a.q").r for c in (config, changed)] == [3, 4]
+    assert config == LoraConfig(rank_pattern={"q": 3})
+
+
 def test_pefts_own_task_types_are_understood():
     import peft
 
