@@ -73,7 +73,8 @@ def check_packable(model_config: Any) -> None:
     layers = set(getattr(config, "layer_types", None) or ())
     layers |= set(getattr(config, "layers_block_type", None) or ())
     kinds = {kind for kind in layers if "attention" not in kind or "linear" in kind}
-    kinds |= {str(config.model_type) for word in STATEFUL if word in str(config.model_type)}
+    model_type = str(getattr(config, "model_type", ""))
+    kinds |= {model_type for word in STATEFUL if word in model_type}
     if kinds:
         raise UserError(
             "train.packing: the base has layers that carry a state over packed rows "

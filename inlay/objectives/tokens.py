@@ -9,9 +9,8 @@ counted after it. B rows, S positions, N trained positions, V vocabulary.
 
 from __future__ import annotations
 
-import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +58,5 @@ def token_loss(policy: nn.Module, batch: Batch, norm: dict[str, Tensor]) -> Tens
 def _takes_positions(policy: nn.Module) -> bool:
     # a PeftModel hands its arguments on to the base
     base = getattr(policy, "get_base_model", None)
-    model: Any = policy if base is None else base()
-    return "logits_to_keep" in _arguments(type(model))
-
-
-@functools.cache
-def _arguments(kind: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+    model = policy if base is None else base()
+    return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -7,7 +7,7 @@ import torch
 
 from inlay.core.errors import UserError
 from inlay.train.settings import TrainConfig
-from inlay.train.setup import trainable, training_mode
+from inlay.train.setup import require_isolation, trainable, training_mode
 
 CHECKPOINTING = TrainConfig(gradient_checkpointing=True)
 
@@ -65,3 +65,66 @@ def test_the_hosts_selection_is_kept_for_the_computation_again(tiny_llama):
     assert not hosts
     with training_mode(model, CHECKPOINTING):
         assert given == {"use_reentrant": False}
+
+
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+
+
+def build(kind, **settings):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **{**TINY, **settings})
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+        ("falcon", {}),
+        ("bloom", {"n_head": 4, "n_layer": 2}),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
+    ],
+)
+def test_packing_is_refused_where_trying_it_shows_that_rows_see_each_other(kind, settings):
+    with pytest.raises(UserError, match=r"packed rows see each other .*set packing: false"):
+        require_isolation(build(kind, **settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gemma3_text", "gpt2"])
+def test_packing_is_taken_where_rows_do_not(kind, dtype):
+    model = build(kind).to(dtype).train()
+    require_isolation(model)
+    assert model.training
+
+
+def test_packing_is_refused_for_a_real_model_that_carries_a_state():
+    with pytest.raises(UserError, match="carry a state over packed rows"):
+        require_isolation(build("mamba", state_size=4))
+
+
+def test_packing_is_refused_where_a_model_takes_no_positions():
+    class Unplaced(torch.nn.Module):
+        config = None
+
+        def get_input_embeddings(self):
+            return self.embed
+
+        def forward(self, input_ids, use_cache=None):
+            return self.embed(input_ids)
+
+    model = Unplaced()
+    model.embed = torch.nn.Embedding(9, 4)
+    with pytest.raises(UserError, match="Unplaced takes no position_ids"):
+        require_isolation(model)
