@@ -1,8 +1,9 @@
 """Examples -> one row without padding, in which they do not see each other.      T tokens in all.
 
 In transformers 5, position_ids that begin anew keep the rows of a packed batch apart in most
-architectures and every attention backend, but only if no attention mask is given and no cache is used: an all-ones mask, or
-the default cache, lets each row see the ones before it, without a message.
+architectures and every attention backend, but only if no attention mask is given and no cache is
+used: an all-ones mask, or the default cache, lets each row see the ones before it, without a
+message.
 """
 
 from __future__ import annotations
