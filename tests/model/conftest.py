@@ -51,7 +51,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
     "qwen3_moe": (
         "Qwen3MoeConfig",
         "Qwen3MoeForCausalLM",
-        {**WINDOWED, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
+        {**WINDOWED, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
         ["q_proj", "k_proj", "v_proj", "o_proj"],
     ),
     "t5": (

@@ -156,3 +156,48 @@ def test_a_task_adds_its_head_as_a_copy(architecture, name, task):
     assert trainable(ours) == trainable(peft_model)
     heads = set(HEADS.get(task, [])) & {n for n, _ in ours.named_children()}
     assert set(roster.hosts) == set(peft_model.base_model.targeted_module_names) | heads
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_half_precision_base_keeps_its_precision_and_its_bits(architecture, name):
+    model = architecture(name).to(torch.bfloat16)
+    expected = output(model, name)
+    roster = Roster(model)
+    roster.add("a", LoraConfig(**settings(name, "named")))
+    assert torch.equal(output(model, name), expected)
+    randomize(roster, "a")
+    adapted = output(model, name)
+    assert adapted.dtype == expected.dtype
+    assert not torch.equal(adapted, expected)
+    roster.merge(check=True)
+    torch.testing.assert_close(output(model, name), adapted, rtol=0.1, atol=0.1)
+    roster.take_out(merged=False)
+    assert torch.equal(output(model, name), expected)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "target"),
+    [
+        ("llama", "self_attn", "gate_proj"),
+        ("llama", "mlp", "o_proj"),
+        ("gpt2", "attn", "c_fc"),
+        ("t5", "SelfAttention", "wo"),
+    ],
+)
+def test_a_whole_block_called_by_keywords_is_copied_and_merged(architecture, name, block, target):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = architecture(name).to(dtype)
+        expected = output(model, name)
+        roster = Roster(model)
+        roster.add("a", LoraConfig(target_modules=[target], modules_to_save=[block]))
+        torch.testing.assert_close(output(model, name), expected, rtol=0.05, atol=0.05)
+        for _, _, adapter in roster.adapters("a"):
+            for parameter in adapter.parameters():
+                parameter.data.mul_(1.5)
+        adapted = output(model, name)
+        assert not torch.equal(adapted, expected)
+        roster.merge()
+        torch.testing.assert_close(output(model, name), adapted, rtol=0.05, atol=0.05)
+        roster.take_out(merged=True)
+        torch.testing.assert_close(output(model, name), adapted, rtol=0.05, atol=0.05)
