@@ -61,6 +61,7 @@ def reference(keys: dict[str, int], path: str, otherwise: int) -> int:
         {"self_attn.q_proj": 1, "q_proj": 2},
         {"q_proj": 2, "self_attn.q_proj": 1},
         {".*proj": 3, "q_proj": 1},
+        {"q_proj": 1, ".*proj": 3},
         {"nothing": 1, r"layers\.\d+\..*": 2, "up_proj": 3},
         {r"layers\.1\..*": 2, "c_attn": 3, "lm_head": 4},
         {"^lm_head": 5, r"^h\.2.*": 6},
