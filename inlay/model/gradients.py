@@ -19,8 +19,7 @@ class Gradients:
     def __init__(self) -> None:
         """Know no adapter."""
         self._adapters: dict[str, Sequence[Adapter]] = {}
-        self._flat: dict[str, tuple[nn.Parameter, ...]] = {}
-        self._nested: dict[str, tuple[Adapter, ...]] = {}
+        self._lists: dict[str, tuple[tuple[nn.Parameter, ...], tuple[Adapter, ...]]] = {}
         self._on: frozenset[str] = frozenset()
         self._placed = Adapter.placed
 
@@ -35,15 +34,14 @@ class Gradients:
     def forget(self, name: str) -> None:
         """Let an adapter go."""
         self._adapters.pop(name, None)
-        self._flat.pop(name, None)
-        self._nested.pop(name, None)
+        self._lists.pop(name, None)
         self._on -= {name}
 
     def only(self, names: Iterable[str]) -> None:
         """Let the parameters of `names` require gradients, and no longer those that did before."""
         chosen = frozenset(names)
         if self._placed != Adapter.placed:  # some parameters may have been replaced
-            self._flat.clear()
+            self._lists.clear()
             self._placed = Adapter.placed
         for name in self._on - chosen:
             self._turn(name, False)
@@ -52,19 +50,20 @@ class Gradients:
         self._on = chosen
 
     def _turn(self, name: str, on: bool) -> None:
-        if name not in self._flat:
-            self._list(name)
-        for parameter in self._flat[name]:
+        if name not in self._lists:
+            self._lists[name] = _listed(self._adapters.get(name, ()))
+        parameters, walked = self._lists[name]
+        for parameter in parameters:
             parameter.requires_grad = on
-        for adapter in self._nested[name]:
+        for adapter in walked:
             adapter.requires_grad_(on)
 
-    def _list(self, name: str) -> None:
-        """Keep the parameters in a flat list, but for adapters with modules inside.
 
-        Only an adapter's own parameters are counted when they are replaced (`Adapter.placed`).
-        """
-        adapters = self._adapters.get(name, ())
-        own = [adapter for adapter in adapters if not adapter._modules]
-        self._flat[name] = tuple(p for a in own for p in a._parameters.values() if p is not None)
-        self._nested[name] = tuple(adapter for adapter in adapters if adapter._modules)
+def _listed(adapters: Sequence[Adapter]) -> tuple[tuple[nn.Parameter, ...], tuple[Adapter, ...]]:
+    """Return all parameters in a flat list, but for adapters with modules inside, which are walked.
+
+    Only an adapter's own parameters are counted when they are replaced (`Adapter.placed`).
+    """
+    own = [adapter for adapter in adapters if not adapter._modules]
+    flat = tuple(p for adapter in own for p in adapter._parameters.values() if p is not None)
+    return flat, tuple(adapter for adapter in adapters if adapter._modules)

@@ -23,7 +23,7 @@ def lora(layer: nn.Module, **settings: Any) -> Lora:
 
 
 def drawn_by_peft(layer: nn.Module, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    import peft
+    peft = pytest.importorskip("peft")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -111,7 +111,7 @@ def test_what_lora_cannot_be_is_refused(settings, says):
 def test_the_fields_and_defaults_are_pefts():
     import dataclasses
 
-    import peft
+    peft = pytest.importorskip("peft")
 
     theirs = peft.LoraConfig().to_dict()
     ours = LoraConfig().to_dict()

@@ -32,7 +32,7 @@ def spelled(model: nn.Module, wanted: dict[str, Any]) -> dict[str, Any]:
 
 def by_peft(model: nn.Module, **settings: Any) -> Any:
     """Return `model` with PEFT's LoRA in it."""
-    import peft
+    peft = pytest.importorskip("peft")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it uses what transformers is about to drop
@@ -64,10 +64,10 @@ def test_the_sites_and_the_trainable_count_are_pefts(architecture, name, how):
 
 
 def test_the_usual_targets_are_pefts():
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as THEIRS
-
-    shared = TARGETS.keys() & THEIRS.keys()
-    assert {k: TARGETS[k] for k in shared} == {k: THEIRS[k] for k in shared}
+    constants = pytest.importorskip("peft.utils.constants")
+    theirs = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    shared = TARGETS.keys() & theirs.keys()
+    assert {k: TARGETS[k] for k in shared} == {k: theirs[k] for k in shared}
     assert {"llama", "gpt2", "t5", "bert", "falcon", "opt", "mixtral"} <= shared
 
 

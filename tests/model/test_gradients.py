@@ -65,7 +65,7 @@ def test_of_the_adapters_in_training_those_selected_require_gradients(net):
 
 
 def test_the_flags_after_a_switch_are_pefts():
-    import peft
+    peft = pytest.importorskip("peft")
 
     config = {"target_modules": ["0", "1", "2"], "r": 2}
     with warnings.catch_warnings():

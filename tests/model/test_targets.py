@@ -79,7 +79,7 @@ CONFIGS: list[dict[str, Any]] = [
 
 
 def by_peft(model: nn.Module, settings: dict[str, Any]) -> Any:
-    import peft
+    peft = pytest.importorskip("peft")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
