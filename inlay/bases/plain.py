@@ -149,7 +149,7 @@ class Embedding(Layer):
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
         """Return whether `module` is an embedding of plain floats that leaves its weight alone."""
-        return _is_embedding(module) and module.max_norm is None and module.weight.dtype in PLAIN
+        return _is_embedding(module) and not _odd(module) and module.weight.dtype in PLAIN
 
     @property
     def shape(self) -> tuple[int, int]:  # type: ignore[override]
@@ -163,7 +163,10 @@ class Embedding(Layer):
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the columns of `weight` for the ids x; an embedding has no bias."""
         assert bias is None
-        return cast(Tensor, functional_call(self.module, {"weight": weight.T}, (x,)))
+        layer = self.module
+        if type(layer).forward is not nn.Embedding.forward:
+            return cast(Tensor, functional_call(layer, {"weight": weight.T}, (x,)))
+        return F.embedding(x, weight.T, layer.padding_idx, sparse=layer.sparse)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         """Return the columns of A [R, vocab] for the ids x."""
@@ -248,8 +251,8 @@ class Opaque(Layer):
             return (
                 f"with groups={module.groups}, an update across groups has no place in its weight"
             )
-        if _is_embedding(module) and module.max_norm is not None:
-            return f"with max_norm={module.max_norm}, it rewrites its weight as it runs"
+        if _is_embedding(module) and _odd(module):
+            return _odd(module)
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.dtype not in PLAIN:
             return f"its weight is packed as {weight.dtype}".replace("torch.", "")
@@ -290,6 +293,15 @@ def _is_conv(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Conv3d]:
 
 def _is_embedding(module: nn.Module) -> TypeGuard[nn.Embedding]:
     return isinstance(module, nn.Embedding)
+
+
+def _odd(module: nn.Embedding) -> str:
+    """Return what keeps an embedding from being the columns of a matrix, or ""."""
+    if module.max_norm is not None:
+        return f"with max_norm={module.max_norm}, it rewrites its weight as it runs"
+    if module.scale_grad_by_freq:
+        return "with scale_grad_by_freq, its gradient is not that of its weight"
+    return ""
 
 
 LAYERS: tuple[type[Layer], ...] = (Linear, Conv1D, Conv, Embedding, Norm, Opaque)

@@ -40,6 +40,7 @@ OPAQUE = [
     nn.LayerNorm(5, elementwise_affine=False),
     nn.Linear(4, 5).to(torch.float8_e4m3fn),
     nn.MultiheadAttention(4, 2),
+    nn.Embedding(7, 5, scale_grad_by_freq=True),
     nn.Tanh(),
 ]
 
@@ -75,6 +76,7 @@ def test_an_opaque_layer_of_a_known_kind_says_why():
     assert "groups=2" in said[0]
     assert "max_norm=1.0" in said[2]
     assert "float8_e4m3fn" in said[6]
+    assert "scale_grad_by_freq" in said[-2]
     assert said[1] == said[3] == said[-1] == ""
 
 

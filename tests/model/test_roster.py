@@ -93,6 +93,37 @@ def test_every_adapter_added_and_removed_leaves_the_model_as_it_was(net):
     assert trace(model) == before
 
 
+def test_an_adapter_is_removed_also_where_a_modules_name_looks_like_an_adapters():
+    model = nn.ModuleDict({"my_lora_A_block": Block(), "lora_B": nn.Linear(4, 4)})
+    before = trace(model)
+    roster = Roster(model)
+    roster.add("lora", config("up", "lora_B"))
+    roster.add("other", config("up"))
+    roster.remove("lora")
+    assert (
+        {path for path, _, _ in roster.adapters("other")}
+        == {"my_lora_A_block.up"}
+        == set(roster.hosts)
+    )
+    assert not any("lora.lora_A" in name for name, _ in model.named_parameters())
+    roster.take_out(merged=False)
+    assert trace(model) == before
+
+
+def test_layers_that_store_their_weight_either_way_share_one_configuration():
+    """PEFT's fan_in_fan_out is flipped by the last layer it meets; here each layer knows."""
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(Conv1D(6, 4), nn.Linear(6, 4), Conv1D(3, 4))
+    roster, x = Roster(model), torch.randn(2, 4)
+    given = config("0", "1", "2", fan_in_fan_out=True)
+    roster.add("a", given)
+    expected = model(x)
+    roster.merge()
+    torch.testing.assert_close(model(x), expected)
+    assert given.fan_in_fan_out is roster.configs["a"].fan_in_fan_out is True
+
+
 @pytest.mark.parametrize(
     "name", ["", "__base__", "a.b", "a b", "items", "training", "x" * 65, "é", 3, None]
 )
