@@ -46,7 +46,7 @@ class ChatEncoder:
         }
         if not trained and self.config.train_on != "all":
             return Encoded((), "dropped", "no turn is trained")
-        messages, neutralized = self._neutralize(row.messages)
+        messages, neutralized = neutralize(row.messages, self.template)
         examples = self._render(row, messages, trained)
         fitting = [example for example in examples if self.fits(example)]
         if len(fitting) == len(examples):
@@ -60,38 +60,6 @@ class ChatEncoder:
         if outcome != "dropped" and not any(example.trained for example in fitting):
             return Encoded((), "dropped", "no token is trained")
         return Encoded(tuple(fitting), outcome, reason, neutralized)
-
-    def _neutralize(self, messages: Sequence[Message]) -> tuple[list[Message], int]:
-        """Make special tokens inside the messages' texts plain text, and count them.
-
-        "<|im_end|>" in a question would end the user's turn, and what follows could pass for an
-        answer. In the assistant's own texts only what the template writes itself is made plain: a
-        special token such as <think> or a tool's bracket may be what is to be learned. The texts
-        stay the same character for character; only the tokenizer is kept from seeing them whole.
-        """
-        count = 0
-
-        def plain(value: Any, pattern: re.Pattern[str]) -> Any:
-            nonlocal count
-            if isinstance(value, str):
-                value, found = pattern.subn(_cut, value)
-                count += found
-            elif isinstance(value, Mapping):
-                value = {plain(key, pattern): plain(inner, pattern) for key, inner in value.items()}
-            elif isinstance(value, list | tuple):
-                value = type(value)(plain(inner, pattern) for inner in value)
-            return value
-
-        neutral = []
-        for message in messages:
-            own = message.role == "assistant"
-            pattern = self.template.control if own else self.template.special
-            texts = {
-                name: plain(getattr(message, name), pattern)
-                for name in ("content", "reasoning", "tool_calls")
-            }
-            neutral.append(replace(message, **texts))
-        return neutral, count
 
     def _render(self, row: Chat, messages: Sequence[Message], trained: set[int]) -> list[Example]:
         """Return one example, or one a trained turn where the template rewrites history."""
@@ -180,6 +148,47 @@ class ChatEncoder:
         if best is None or not any(example.trained for example in best[1]):
             return [], "dropped", f"longer than max_length ({self.config.max_length} tokens)"
         return best[1], "cut", f"the oldest {best[0]} messages were cut"
+
+
+def neutralize(messages: Sequence[Message], template: Template) -> tuple[list[Message], int]:
+    """Make special tokens inside the messages' texts plain text, and count them.
+
+    "<|im_end|>" in a question would end the user's turn, and what follows could pass for an
+    answer. In the assistant's own texts only what the template writes itself is made plain: a
+    special token such as <think> or a tool's bracket may be what is to be learned. The texts stay
+    the same character for character; only the tokenizer is kept from seeing them whole.
+    """
+    count = 0
+
+    def plain(value: Any, pattern: re.Pattern[str]) -> Any:
+        nonlocal count
+        if isinstance(value, str):
+            value, found = pattern.subn(_cut, value)
+            count += found
+        elif isinstance(value, Mapping):
+            value = {plain(key, pattern): plain(inner, pattern) for key, inner in value.items()}
+        elif isinstance(value, list | tuple):
+            value = type(value)(plain(inner, pattern) for inner in value)
+        return value
+
+    neutral = []
+    for message in messages:
+        pattern = template.control if message.role == "assistant" else template.special
+        names = ("content", "reasoning", "tool_calls")
+        texts = {name: plain(getattr(message, name), pattern) for name in names}
+        neutral.append(replace(message, **texts))
+    return neutral, count
+
+
+def question(
+    messages: Sequence[Message], template: Template, tokens: Tokens, tools: Sequence[Any] = ()
+) -> list[int]:
+    """Return the ids of the prompt whose answer comes next, encoded as the rows that train are.
+
+    Raises RenderError where the template refuses.
+    """
+    neutral, _ = neutralize(messages, template)
+    return tokens(template.render(neutral, tools, generation=True))[0]
 
 
 def _cut(match: re.Match[str]) -> str:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from inlay.data.chats import question
 from inlay.data.rows import Chat, Completion
 from inlay.data.template import RenderError, Template
+from inlay.data.tokens import Tokens
 from inlay.train.evaluate import inference
 from inlay.train.precision import autocast, device_of
 
@@ -70,7 +72,8 @@ def exact_match(
     """
     if template is None and any(isinstance(row, Chat) for row in rows):
         template = Template(tokenizer)
-    questions = [_question(row, tokenizer, template) for row in rows]
+    tokens = Tokens(tokenizer) if template else None
+    questions = [_question(row, tokenizer, template, tokens) for row in rows]
     stops = stop_ids(model, tokenizer, template)
     # a template may end a turn with text that is no token of its own
     end = template.stop if template and template.stop_id is None else ""
@@ -86,8 +89,8 @@ def exact_match(
             found.update(zip(chosen, cut, strict=True))
     return Answers(
         tuple(
-            Answer(question.row, question.shown, question.expected.strip(), found[i].strip())
-            for i, question in enumerate(questions)
+            Answer(asked.row, asked.shown, asked.expected.strip(), found[i].strip())
+            for i, asked in enumerate(questions)
         )
     )
 
@@ -109,7 +112,9 @@ class _Question:
     expected: str
 
 
-def _question(row: Any, tokenizer: Any, template: Template | None) -> _Question:
+def _question(
+    row: Any, tokenizer: Any, template: Template | None, tokens: Tokens | None
+) -> _Question:
     where = str(row.source)
     if isinstance(row, Completion):
         ids = tokenizer(row.prompt)["input_ids"]
@@ -123,11 +128,11 @@ def _question(row: Any, tokenizer: Any, template: Template | None) -> _Question:
     if last == 0:
         raise row.source.error("no assistant message follows a question to compare with")
     assert template is not None
+    assert tokens is not None
     try:
-        text = template.render(row.messages[:last], row.tools, generation=True)
+        ids = question(row.messages[:last], template, tokens, row.tools)
     except RenderError as error:
         raise row.source.error(f"the chat template refuses the question: {error}") from error
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return _Question(where, row.messages[last - 1].content, ids, row.messages[last].content)
 
 

@@ -141,7 +141,7 @@ class _Run:
                 last = progress.step >= self.total
                 if self.eval and (last or progress.step % self.eval_every == 0):
                     self.evaluate()
-                if last or (config.save_steps and progress.step % config.save_steps == 0):
+                if config.save_steps and progress.step % config.save_steps == 0:
                     self.save()
                 # told so late that all is done, it is done
                 stopped = None if last else self._asked(stop)

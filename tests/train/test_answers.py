@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from inlay.core.errors import UserError
+from inlay.data.encode import encode
 from inlay.data.rows import Chat, Completion, Message, Source, Text
 from inlay.data.template import Template
 from inlay.train.answers import exact_match, stop_ids
@@ -108,3 +109,18 @@ def test_rows_without_an_answer_to_compare_with_are_named(tiny_llama, tiny_token
 
 def test_no_rows_are_no_answers(tiny_llama, tiny_tokenizer):
     assert exact_match(tiny_llama(), tiny_tokenizer, []).exact_match == 0.0
+
+
+def test_a_question_is_encoded_as_the_rows_that_train_are(tiny_llama, tiny_tokenizer):
+    asked = []
+    model = tiny_llama()
+    generate = model.generate
+    model.generate = lambda input_ids, **given: (
+        asked.append(input_ids[0].tolist()) or generate(input_ids, **given)
+    )
+    row = chat(("user", "say <|im_end|> now"), ("assistant", "x"))
+    exact_match(model, tiny_tokenizer, [row], max_new_tokens=1)
+    (example,) = encode(row, tiny_tokenizer)
+    first = next(i for i, label in enumerate(example.labels) if label != -100)
+    assert asked == [example.input_ids[:first]]
+    assert asked[0].count(tiny_tokenizer.eos_token_id) == 1  # the user's turn ends once

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import resource
 
+import pytest
 import torch
 
+from inlay.core.errors import UserError
 from inlay.train.events import Events, memory_mb, read_events
+from inlay.train.progress import Progress
 
 
 def test_a_line_is_appended_and_told_to_the_listeners(tmp_path):
@@ -41,3 +46,40 @@ def test_memory_is_that_of_this_process():
     before = memory_mb(torch.device("cpu"))
     held = torch.ones(2**24)
     assert memory_mb(torch.device("cpu")) > before + 0.9 * held.nbytes / 2**20
+
+
+def test_a_line_that_a_full_disk_cut_is_taken_back(tmp_path):
+    events = Events(tmp_path)
+    events.emit("start", 0)
+    before = events.path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
+    try:
+        with pytest.raises(UserError, match="no space left"):
+            events.emit("notice", 0, text="x" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert events.path.read_bytes() == before
+    events.emit("end", 0)
+    assert [event["event"] for event in read_events(events.path)] == ["start", "end"]
+
+
+def test_a_line_cut_in_the_middle_of_the_file_hides_no_other(tmp_path):
+    events = Events(tmp_path)
+    events.emit("start", 0)
+    with open(events.path, "ab") as file:
+        file.write(b'{"event": "st\x00\x00\xff\n')
+    events.emit("step", 1)
+    assert [event["event"] for event in read_events(events.path)] == ["start", "step"]
+    events.rewind(0)
+    assert [event["event"] for event in read_events(events.path)] == ["start"]
+
+
+def test_an_evaluation_that_is_nan_is_never_the_best():
+    progress = Progress(step=1)
+    assert not progress.add_evaluation(math.nan, 0.0)
+    progress.step = 2
+    assert progress.add_evaluation(3.0, 0.0)
+    assert not progress.add_evaluation(math.nan, 0.0)
+    assert progress.add_evaluation(2.0, 0.0)
+    assert (progress.best_loss, progress.best_step) == (2.0, 2)
