@@ -1,4 +1,8 @@
-"""The kinds of layer an adapter can be set into, one file a kind; `view` finds a module's."""
+"""The kinds of layer an adapter can be set into, one file a kind; `view` finds a module's.
+
+A file states its views as `LAYERS`, the most particular first, and as `SAMPLES` the layers that the
+laws are tried on: name -> () -> (module, input).
+"""
 
 from __future__ import annotations
 
