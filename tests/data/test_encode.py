@@ -15,6 +15,7 @@ from inlay.data.rows import Chat, Message, Source
 from inlay.data.settings import DataConfig
 from inlay.data.spans import find_spans
 from inlay.data.template import RenderError, Template
+from tests.data.reading import trained, written
 
 HERE = Source("rows.jsonl", 1)
 END = {
@@ -46,14 +47,6 @@ WORDS = [
     "<think>",
     "tool",
 ]
-
-
-def trained(example, tokenizer):
-    return tokenizer.decode([label for label in example.labels if label != IGNORED])
-
-
-def written(example, tokenizer):
-    return tokenizer.decode(example.input_ids)
 
 
 def a_conversation(seed, system=False):

@@ -18,6 +18,7 @@ from inlay.data.encode import IGNORED, encode
 from inlay.data.rows import Chat, Message, Source
 from inlay.data.spans import Lost, locate
 from inlay.data.template import RenderError, Template
+from tests.data.reading import trained
 
 found = importlib.util.find_spec("trl")
 if found is None:
@@ -137,9 +138,9 @@ def test_what_is_trained_is_what_people_have_marked_but_for_what_generation_is_g
             continue  # the variant writes another text, or leaves out a header
         if name == "reasoning" and stem == "qwen3_5_nothink":
             continue  # generation is given that nothing was thought
-        trained = {i for i, turn in enumerate(row.messages) if turn.role == "assistant"}
+        turns = {i for i, turn in enumerate(row.messages) if turn.role == "assistant"}
         try:
-            parts = locate(template, row.messages, row.tools, trained)
+            parts = locate(template, row.messages, row.tools, turns)
         except (Lost, RenderError):  # refused: no system prompt, no tools, no reasoning
             continue
         text, theirs = marked(template, stem, row)
@@ -148,7 +149,7 @@ def test_what_is_trained_is_what_people_have_marked_but_for_what_generation_is_g
             continue
         if len(parts) > 1:
             theirs = theirs[-1:]
-        prompts = [row.messages[:i] for i in sorted(trained)][-len(ours) :]
+        prompts = [row.messages[:i] for i in sorted(turns)][-len(ours) :]
         for (start, end), (first, last), asked in zip(ours, theirs, prompts, strict=True):
             ended = text[first:last].removesuffix(once).rstrip()
             assert text[start:end] == ended[start - first :]
@@ -164,10 +165,7 @@ def test_every_token_trained_is_the_assistants_and_each_turn_ends_in_a_special_t
     tokenizer = family(stem)
     row = CHATS["three"]
     examples = encode(row, tokenizer, max_length=4096)
-    said = "".join(
-        tokenizer.decode([label for label in example.labels if label != IGNORED])
-        for example in examples
-    )
+    said = "".join(trained(example, tokenizer) for example in examples)
     assert [said.count(f"say {i} so") for i in range(3)] == [1, 1, 1]
     assert "ask" not in said
     if stem != "glm4moe":  # ends no turn; `describe` warns

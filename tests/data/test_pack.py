@@ -9,44 +9,11 @@ from inlay.data.collate import collate
 from inlay.data.encode import Example
 from inlay.data.pack import pack
 from inlay.data.rows import Source
-
-TINY = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-}
-# windows of 4 are shorter than the rows, so that what a window lets in shows too
-MODELS = {
-    "llama": {},
-    "mistral": {"sliding_window": 4},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
-    "qwen3": {"head_dim": 8},
-    "gemma2": {"head_dim": 8, "sliding_window": 4},
-    "gemma3_text": {"head_dim": 8, "sliding_window": 4},
-    "phi3": {},
-    "gpt2": {},
-    "gpt_neox": {},
-    "mixtral": {"num_local_experts": 4},
-}
+from tests.data.tiny_models import MODELS, build
 
 
 class Tokenizer:
     pad_token_id = eos_token_id = 0
-
-
-def build(kind, attention):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(kind, **{**TINY, **MODELS[kind]})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    return model.float().eval()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -5,18 +5,11 @@ from __future__ import annotations
 import pytest
 
 from inlay.core.errors import UserError
-from inlay.data.encode import IGNORED, encode
+from inlay.data.encode import encode
 from inlay.data.rows import Completion, Source, Text
+from tests.data.reading import trained, written
 
 HERE = Source("rows.jsonl", 1)
-
-
-def trained(example, tokenizer):
-    return tokenizer.decode([label for label in example.labels if label != IGNORED])
-
-
-def written(example, tokenizer):
-    return tokenizer.decode(example.input_ids)
 
 
 @pytest.mark.parametrize("trim", [True, False])

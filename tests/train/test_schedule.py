@@ -23,12 +23,19 @@ def test_it_rises_to_the_peak_and_never_over_it_nor_to_zero(kind):
     assert min(found) > 0
 
 
-def test_cosine_and_linear_are_transformers_own_after_the_warmup():
-    from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+def test_every_schedule_is_transformers_own_after_the_warmup():
+    from transformers import (
+        get_constant_schedule_with_warmup,
+        get_cosine_schedule_with_warmup,
+        get_linear_schedule_with_warmup,
+    )
 
     makers = {
         "cosine": get_cosine_schedule_with_warmup,
         "linear": get_linear_schedule_with_warmup,
+        "constant": lambda optimizer, warmup, _: get_constant_schedule_with_warmup(
+            optimizer, warmup
+        ),
     }
     for kind, make in makers.items():
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)

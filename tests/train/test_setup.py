@@ -8,6 +8,7 @@ import torch
 from inlay.core.errors import UserError
 from inlay.train.settings import TrainConfig
 from inlay.train.setup import require_isolation, trainable, training_mode
+from tests.data.tiny_models import build
 
 CHECKPOINTING = TrainConfig(gradient_checkpointing=True)
 
@@ -67,26 +68,6 @@ def test_the_hosts_selection_is_kept_for_the_computation_again(tiny_llama):
         assert given == {"use_reentrant": False}
 
 
-TINY = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
-
-
-def build(kind, **settings):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, **{**TINY, **settings})
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
-
-
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -98,20 +79,20 @@ def build(kind, **settings):
 )
 def test_packing_is_refused_where_trying_it_shows_that_rows_see_each_other(kind, settings):
     with pytest.raises(UserError, match=r"packed rows see each other .*set packing: false"):
-        require_isolation(build(kind, **settings))
+        require_isolation(build(kind, "eager", **settings))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gemma3_text", "gpt2"])
 def test_packing_is_taken_where_rows_do_not(kind, dtype):
-    model = build(kind).to(dtype).train()
+    model = build(kind, "eager").to(dtype).train()
     require_isolation(model)
     assert model.training
 
 
 def test_packing_is_refused_for_a_real_model_that_carries_a_state():
     with pytest.raises(UserError, match="carry a state over packed rows"):
-        require_isolation(build("mamba", state_size=4))
+        require_isolation(build("mamba", "eager", state_size=4))
 
 
 def test_packing_is_refused_where_a_model_takes_no_positions():
