@@ -41,13 +41,28 @@ def spelled_out(sites: Sequence[str], model: nn.Module) -> list[str]:
     return sorted(last) if suffice else sorted(sites)
 
 
-def is_tied(model: nn.Module) -> bool:
-    """Return whether the head of a transformers model holds the input embedding's own weight."""
-    found: list[Any] = [
-        getattr(model, getter, lambda: None)()
-        for getter in ("get_input_embeddings", "get_output_embeddings")
+def no_longer_tied(model: nn.Module) -> None:
+    """Say so in a transformers model's configuration where its head has parted from the embedding.
+
+    Else a reader of the saved folder would tie them again.
+    """
+    settings: Any = getattr(model, "config", None)
+    # some encoder-decoder models also scale their outputs by this flag; transformers itself sees
+    # two different weights in the file and leaves them apart
+    if getattr(settings, "is_encoder_decoder", False) or not hasattr(settings, "get_text_config"):
+        return
+    tied = [
+        part
+        for part in (settings, settings.get_text_config())
+        if getattr(part, "tie_word_embeddings", False)
     ]
-    if any(module is None for module in found):
-        return True  # there are no two that could have parted
-    embedding, head = (getattr(plain(module), "weight", None) for module in found)
-    return embedding is head
+    if not tied:
+        return
+    try:
+        layers = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # not every model has one of each
+        return
+    embedding, head = (getattr(plain(m), "weight", None) if m is not None else None for m in layers)
+    if embedding is not None and head is not None and embedding is not head:
+        for part in tied:
+            part.tie_word_embeddings = False

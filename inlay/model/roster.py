@@ -22,7 +22,7 @@ from inlay.core.targeted import TargetedConfig
 from inlay.methods import method_of
 from inlay.model import targets
 from inlay.model.gradients import Gradients
-from inlay.model.places import Places, is_tied, spelled_out
+from inlay.model.places import Places, no_longer_tied, spelled_out
 
 
 class Roster:
@@ -237,9 +237,8 @@ class Roster:
         flags = self._required_grad or {}
         for path, parameter in self.model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(flags.get(path, True))
-        settings: Any = getattr(self.model, "config", None)
-        if names and getattr(settings, "tie_word_embeddings", False) and not is_tied(self.model):
-            settings.tie_word_embeddings = False
+        if names:
+            no_longer_tied(self.model)
         self.configs, self.hosts, self.trainable = {}, {}, set()
         self._gradients, self._required_grad = Gradients(), None
         self.selection.merged = ()

@@ -71,7 +71,7 @@ def resolve(model: nn.Module, config: TargetedConfig, *, strict: bool = True) ->
     if strict:
         with patterns.budget():
             _all_applied(config, found, adapted)
-    for path in adapted:
+    for path in (*adapted, *saved):
         _reachable(found, path)
     biased = _biased(found, {*adapted, *saved}) if trains_all_biases(config) else ()
     return Sites(_once(adapted, found), _once(saved, found), _once(biased, found))
@@ -267,9 +267,15 @@ def _layer_names(found: dict[str, nn.Module]) -> str:
 
 def _reachable(found: dict[str, nn.Module], path: str) -> None:
     parent, _, name = path.rpartition(".")
-    owner = type(found[parent]).__name__ if parent else ""
+    owner = type(plain(found[parent])).__name__ if parent else ""
     if name in UNREACHABLE.get(owner, ()):
         raise UserError(
             f"{path!r} cannot be adapted: {owner} reads its weight without calling it, so an "
             "adapter there would do nothing; leave it out with exclude_modules"
+        )
+    used = found.get(f"{parent}.encoder.embed_tokens".lstrip("."))
+    if name == "shared" and used is not None and plain(used) is not plain(found[path]):
+        raise UserError(
+            f"{path!r} cannot be adapted: it only keeps the weight that encoder and decoder call "
+            "as their own embed_tokens; name 'embed_tokens' instead"
         )

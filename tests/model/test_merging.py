@@ -194,6 +194,25 @@ def test_merging_one_of_two_tied_layers_parts_them_and_leaves_the_other(
     torch.testing.assert_close(loaded(ids).logits, adapted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("site", ["embed_tokens", "lm_head"])
+def test_an_encoder_decoder_keeps_the_flag_its_outputs_are_scaled_by(
+    architecture: Any, tmp_path: Path, site: str
+):
+    from tests.model.conftest import output
+
+    model = architecture("t5")
+    roster = Roster(model)
+    roster.add("a", config(site))
+    adapted = output(model, "t5")
+    roster.merge()
+    roster.take_out(merged=True)
+    assert model.config.tie_word_embeddings is True
+    torch.testing.assert_close(output(model, "t5"), adapted, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(output(loaded, "t5"), adapted, rtol=0, atol=1e-5)
+
+
 def test_tied_layers_stay_tied_where_they_are_not_adapted(tiny_llama: Any):
     model = tiny_llama(tie_word_embeddings=True)
     roster = Roster(model)

@@ -221,6 +221,14 @@ def test_a_layer_its_parent_reads_past_is_refused():
     assert targets.resolve(model, config).adapted == ("up",)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ["shared"]}, {"modules_to_save": "shared"}]
+)
+def test_an_embedding_that_only_keeps_a_weight_for_others_is_refused(architecture, settings):
+    with pytest.raises(UserError, match=r"'shared' cannot be adapted.*name 'embed_tokens'"):
+        Roster(architecture("t5")).add("a", LoraConfig(**{"target_modules": ["q"], **settings}))
+
+
 def test_a_module_on_several_paths_is_one_site_under_the_first():
     model = nn.ModuleDict({"a": nn.Linear(3, 3)})
     model["b"] = nn.Sequential(model["a"], model["a"])
