@@ -33,7 +33,6 @@ def export_model(
             "the model still holds adapters: call merge_and_unload() before exporting it"
         )
     folder = Path(folder)
-    untie(model)
     weights = None
     if dtype is not None:
         weights = {
@@ -53,25 +52,3 @@ def export_model(
                 written.chat_template = chat_template
             written.save_pretrained(partial)
     return folder
-
-
-def untie(model: Any) -> None:
-    """Say in the model's configuration which of its tied weights are tied no longer.
-
-    An update merged into one of two tied layers parts them; a reader that ties them again would
-    lose it.
-    """
-    config: Any = getattr(model, "config", None)
-    for module in model.modules():
-        tied = getattr(module, "all_tied_weights_keys", None)
-        if tied:
-            own = dict(module.named_parameters(remove_duplicate=False))
-            module.all_tied_weights_keys = {
-                target: source
-                for target, source in tied.items()
-                if own.get(target) is own.get(source)
-            }
-    if getattr(config, "tie_word_embeddings", False) and hasattr(model, "get_input_embeddings"):
-        below, above = model.get_input_embeddings(), model.get_output_embeddings()
-        if below is not None and above is not None and above.weight is not below.weight:
-            config.tie_word_embeddings = False

@@ -17,7 +17,6 @@ from torch import nn
 
 from inlay.checkpoint import folder as files
 from inlay.checkpoint.adapter import load_adapter, save_adapter
-from inlay.checkpoint.export import untie
 from inlay.checkpoint.fingerprint import fingerprint
 from inlay.checkpoint.folder import parse_config
 from inlay.core.config import AdapterConfig
@@ -176,9 +175,7 @@ class PeftModel(nn.Module):
         """
         if not self.roster.selection.merged or adapter_names is not None:
             self.roster.merge(adapter_names, check=safe_merge)
-        model = self.roster.take_out(merged=True)
-        untie(model)
-        return model
+        return self.roster.take_out(merged=True)
 
     # -- files
 
