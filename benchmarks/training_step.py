@@ -37,10 +37,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     results = [compare(name, options.steps, options.rounds) for name in SHAPES]
     for result in results:
-        print(
-            f"{result['base']:20} inlay {result['inlay_ms']:7.1f} ms  PEFT {result['peft_ms']:7.1f} ms"
-            f"  ratio {result['ratio']:.3f}  largest difference of the losses {result['apart']:.1e}"
-        )
+        times = f"{result['inlay_ms']:7.1f} ms, PEFT {result['peft_ms']:7.1f} ms"
+        sizes = f"{result['inlay_mib']:6.1f} MiB, PEFT {result['peft_mib']:6.1f} MiB"
+        print(f"{result['base']:18} a step: inlay {times}, ratio {result['ratio']:.3f}")
+        print(f"{'':18} kept for backward: inlay {sizes}, ratio {result['memory_ratio']:.3f}")
+        print(f"{'':18} largest difference of the losses {result['apart']:.1e}")
     if options.json:
         machine = {
             "cpu": cpu(),
@@ -69,11 +70,15 @@ def compare(name: str, steps: int, rounds: int) -> dict[str, Any]:
     mine, other = (1000 * statistics.median(times[side]) for side in ("inlay", "peft"))
     pairs = zip(times["inlay"], times["peft"], strict=True)
     losses = zip(sides["inlay"].losses, sides["peft"].losses, strict=True)
+    mib, other_mib = (sides[side].kept_mib() for side in ("inlay", "peft"))
     return {
         "base": name,
         "inlay_ms": mine,
         "peft_ms": other,
         "ratio": statistics.median(a / b for a, b in pairs),
+        "inlay_mib": mib,
+        "peft_mib": other_mib,
+        "memory_ratio": mib / other_mib,
         "apart": max(abs(a - b) for a, b in losses),
     }
 
@@ -99,6 +104,21 @@ class Side:
             self.optimizer.zero_grad()
             self.losses.append(loss.item())
         return (time.perf_counter() - began) / steps
+
+    def kept_mib(self) -> float:
+        """Return the MiB that a forward pass keeps for the backward pass, weights not counted."""
+        weights = {t.untyped_storage().data_ptr() for t in self.model.state_dict().values()}
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self.model(input_ids=self.ids, labels=self.ids)
+        return sum(kept.values()) / 2**20
 
 
 def base(name: str) -> Any:
