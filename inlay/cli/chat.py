@@ -87,10 +87,12 @@ class Talk:
     def __init__(self, model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
         from inlay.data.rows import Message
         from inlay.data.template import Template
+        from inlay.data.tokens import Tokens
         from inlay.train.answers import stop_ids
 
         self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
         self.template = Template(tokenizer) if tokenizer.chat_template else None
+        self.tokens: Any = Tokens(tokenizer) if self.template else None
         self.stops = stop_ids(model, tokenizer, self.template)
         # a template may end a turn with text that is no token of its own
         by_text = self.template is not None and self.template.stop_id is None
@@ -176,6 +178,7 @@ class Talk:
     def _ids(self) -> Any:
         import torch
 
+        from inlay.data.chats import question
         from inlay.data.template import RenderError
         from inlay.train.precision import device_of
 
@@ -183,10 +186,9 @@ class Talk:
             ids = self.tokenizer(self.said[-1].content)["input_ids"]
         else:
             try:
-                text = self.template.render([*self.system, *self.said], generation=True)
+                ids = question([*self.system, *self.said], self.template, self.tokens)
             except RenderError as error:
                 raise UserError(f"the chat template refuses this conversation: {error}") from error
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor([ids], device=device_of(self.model))
 
 

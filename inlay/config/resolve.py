@@ -24,6 +24,7 @@ from inlay.config.schema import (
 )
 from inlay.config.values import check
 from inlay.core.errors import UserError
+from inlay.data.read import is_data_file
 
 PATHS = ("base_model", "data.path", "data.eval_path", "data.chat_template")
 """Keys whose value may be a path, and in a recipe then begins at the recipe's folder."""
@@ -147,7 +148,7 @@ def _placed(name: str, value: Any, given: Given) -> Any:
         return [_placed(name, part, given) for part in value]
     there = given.folder / Path(value).expanduser()
     # a hub id looks like a path; where there is no such file it is taken for one
-    return str(there) if _is_data_file(value) or _exists(there) else value
+    return str(there) if is_data_file(value) or _exists(there) else value
 
 
 def _everywhere(value: Any, *, always: bool) -> Any:
@@ -155,15 +156,9 @@ def _everywhere(value: Any, *, always: bool) -> Any:
         return [_everywhere(part, always=always) for part in value]
     if not value:
         return value
-    if not (always or _is_data_file(value) or _exists(Path(value).expanduser())):
+    if not (always or is_data_file(value) or _exists(Path(value).expanduser())):
         return value
     return str(Path(value).expanduser().absolute())
-
-
-def _is_data_file(value: str) -> bool:
-    from inlay.data.read import READERS
-
-    return Path(value).suffix in READERS
 
 
 def _exists(path: Path) -> bool:

@@ -83,6 +83,11 @@ def _opened(file: Path, reader: Callable[[Path], Iterator[Raw]]) -> Iterator[Raw
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
+def is_data_file(name: str) -> bool:
+    """Return whether `name` ends like a file that can be read, whether or not it is there."""
+    return _suffix(Path(name)) in READERS
+
+
 def _suffix(file: Path) -> str:
     """Return the suffix in small letters; .gz with the one before it."""
     last = file.suffix.lower()
