@@ -12,7 +12,7 @@ from inlay.core import patterns
 from inlay.core.errors import UserError, nearest
 from inlay.core.inlaid import Inlaid
 from inlay.core.targeted import TargetedConfig
-from inlay.model.defaults import HEADS, TARGETS, UNREACHABLE
+from inlay.model.defaults import HEADS, TARGETS, TARGETS_OF, UNREACHABLE
 
 ALL_LINEAR = "all-linear"
 LISTED = 10
@@ -82,13 +82,14 @@ def targets(model: nn.Module, config: TargetedConfig) -> Sequence[str] | str:
     if config.target_modules is not None:
         return config.target_modules
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in TARGETS:
+    usual = TARGETS_OF.get(config.method, TARGETS)
+    if kind not in usual:
         raise UserError(
             f"no usual target_modules are known for model_type {kind!r}: name them, "
             "or say target_modules='all-linear'"
         )
     last = {path.rpartition(".")[2] for path, _ in modules(model)}
-    return [name for name in TARGETS[kind] if name in last] or TARGETS[kind]
+    return [name for name in usual[kind] if name in last] or usual[kind]
 
 
 def trains_all_biases(config: TargetedConfig) -> bool:

@@ -28,6 +28,7 @@ from inlay.core.selection import BASE, Selection
 from inlay.methods import method, names
 from inlay.methods.lora import LoraConfig
 from inlay.model.roster import Roster
+from tests.methods.bases import settings_of_methods
 
 
 def conv1d() -> nn.Module:
@@ -112,9 +113,9 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "scaled 8-bit floats": lambda: nn.Linear(6, 5).to(torch.float8_e4m3fn),
 }
 
-# what is tried of a method besides its defaults
+# what is tried of a method: its defaults, or what its file in tests/methods/settings says
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "lora": [{}, {"bias": "lora_only", "r": 3}, {"use_rslora": True, "lora_alpha": 3, "r": 2}]
+    name: module.LAWS for name, module in settings_of_methods().items()
 }
 HOSTED = [name for name in names() if method(name).adapter is not None]
 MADE: dict[str, tuple[type[Adapter], Any]] = {
