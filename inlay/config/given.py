@@ -25,6 +25,8 @@ class Given:
     """Whether the value is a word of the command line, whose type is still open."""
     folder: Path | None = None
     """Where its relative paths begin; None is the current folder."""
+    is_default: bool = False
+    """Whether it is the default of a block that was given whole, and hides an earlier value."""
 
 
 def from_mapping(settings: Mapping[str, Any], origin: str = "python") -> list[Given]:
@@ -57,4 +59,9 @@ def _from_block(block: str, value: Any, origin: str) -> list[Given]:
     if block == "adapter" and not isinstance(value, AdapterConfig):
         raise UserError(f"adapter is a {type(value).__name__}; give a method's, such as LoraConfig")
     whole = RunConfig(**{block: value})
-    return [given for given in from_config(whole, origin) if given.key.startswith(f"{block}.")]
+    told = {given.key: given for given in from_config(whole, origin)}
+    return [
+        told.get(name, Given(name, inner, origin, is_default=True))
+        for name, inner in flatten(whole).items()
+        if name.startswith(f"{block}.")
+    ]

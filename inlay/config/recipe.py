@@ -29,9 +29,11 @@ def read_recipe(path: str | Path) -> list[Given]:
             f"{_at(path, root)}: a recipe is a mapping of keys to values, such as "
             "data: {path: chats.jsonl}"
         )
+    _check_tag(root, path)
     found = []
     for key, value, where in _pairs(root, path):
         if key in BLOCKS and isinstance(value, yaml.MappingNode):
+            _check_tag(value, path)
             found += [
                 Given(f"{key}.{name}", _value(inner, path), at, folder=path.parent)
                 for name, inner, at in _pairs(value, path)
@@ -64,7 +66,10 @@ def _compose(text: str, path: Path) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: broken YAML: {error.problem or error.context}") from None
+        problem = error.problem or error.context or ""
+        if problem.startswith("but ") and error.context:
+            problem = f"{error.context}, {problem}"
+        raise UserError(f"{path}{line}: broken YAML: {problem}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: broken YAML: {str(error).splitlines()[0]}") from None
 
@@ -81,6 +86,12 @@ def _pairs(node: yaml.MappingNode, path: Path) -> Iterator[tuple[str, yaml.Node,
             raise UserError(f"{where}: {key!r} stands there twice, first at {seen[key]}; keep one")
         seen[key] = where
         yield key, value, where
+
+
+def _check_tag(node: yaml.MappingNode, path: Path) -> None:
+    """Raise UserError for a block that claims to be something other than a mapping."""
+    if node.tag != Loader.DEFAULT_MAPPING_TAG:
+        raise UserError(f"{_at(path, node)}: the tag {node.tag!r} is not read; plain YAML only")
 
 
 def _value(node: yaml.Node, path: Path) -> Any:

@@ -60,6 +60,7 @@ def resolve(*layers: Iterable[Given]) -> Resolved:
     chosen: dict[str, Given] = {}
     for layer in layers:
         chosen |= _one_layer(layer, notices)
+    chosen = {name: given for name, given in chosen.items() if not given.is_default}
     method = _choice(chosen, "adapter.method", "lora")
     objective = _choice(chosen, "objective.name", "sft")
     with_place(lambda: (adapter_config(method), objective_class(objective)), chosen)
@@ -125,7 +126,9 @@ def _one_layer(layer: Iterable[Given], notices: list[str]) -> dict[str, Given]:
         if notice:
             notices.append(notice)
         before = found.get(given.key)
-        if before is not None and before.value != given.value:
+        if before is not None and given.is_default:
+            continue  # what is named goes before the defaults of a block that is given whole
+        if before is not None and not before.is_default and before.value != given.value:
             raise UserError(
                 f"{given.key} is given twice: {before.value!r} as {written[given.key]} "
                 f"({before.origin}) and {given.value!r} as {raw.key} ({given.origin}); keep one"

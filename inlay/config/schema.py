@@ -68,7 +68,7 @@ class RunConfig:
     """Where to train: cpu, cuda, cuda:1, mps; left out = the first GPU, else the CPU."""
 
     quantize: Literal["none", "nf4"] = "none"
-    """How the frozen weights are packed."""
+    """How the frozen weights are packed; nf4 is not there yet."""
 
     adapter: AdapterConfig = dataclasses.field(default_factory=_default_adapter)
     """`method`, and that method's settings."""
@@ -94,6 +94,12 @@ class RunConfig:
             raise UserError(
                 "quantize is nf4, which is not there yet; leave it out, "
                 "or set dtype: bfloat16 to halve the memory of float32 weights"
+            )
+        task = self.adapter.task_type
+        if task not in (None, "CAUSAL_LM"):
+            raise UserError(
+                f"adapter.task_type is {task!r}; recipes train causal language models, so it must "
+                "be CAUSAL_LM. For another task use get_peft_model in Python"
             )
         self.train.validate()
         for name in ("early_stopping_patience", "restore_best"):
@@ -142,7 +148,12 @@ _PEFT_ONLY = {field.name for field in dataclasses.fields(AdapterConfig)} - {"tas
 def adapter_config(method: str) -> Any:
     """Return the class of the method's settings; UserError where there is no such method."""
     from inlay.methods import method as find
+    from inlay.methods import names
 
+    if method not in names():
+        raise UserError(
+            f"adapter.method is {method!r}; there are {_methods()}.{nearest(method, names())}"
+        )
     return find(method).config
 
 

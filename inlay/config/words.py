@@ -8,6 +8,8 @@ from inlay.config.given import Given
 from inlay.core.errors import UserError
 
 ORIGIN = "command line"
+_YES_OR_NO = ("true", "false", "yes", "no", "on", "off", "1", "0")
+"""Words after a flag that are its value, as YAML reads it or refuses it, and no recipe's name."""
 
 
 def read_words(words: Sequence[str]) -> tuple[list[Given], list[str]]:
@@ -40,7 +42,7 @@ def _needs_value(name: str, following: Sequence[str]) -> bool:
     if not following or following[0].startswith("--"):
         return False
     # a flag takes the next word only where that can be its value: what follows may be the recipe
-    return not _is_flag(name) or following[0].lower() in ("true", "false")
+    return not _is_flag(name) or following[0].lower() in _YES_OR_NO
 
 
 def _is_flag(name: str) -> bool:

@@ -51,6 +51,7 @@ def test_every_value_knows_its_line(recipe):
         ("train: 5\n", ["train is 5", "block", "recipe.yaml:1"]),
         ("1: 2\n2.5: 3\n", ["'1'", "recipe.yaml:1"]),
         ("? [a, b]\n: 1\n", ["recipe.yaml:1", "name"]),
+        ("data: a\n---\ndata: b\n", ["recipe.yaml:2", "expected a single document"]),
     ],
 )
 def test_a_mistake_is_told_with_its_line_and_the_nearest_name(recipe, text, told):
@@ -103,6 +104,12 @@ def test_no_tag_builds_anything(recipe):
     message = refused(recipe("data: !!python/object/apply:os.system ['touch made']\n"))
     assert "recipe.yaml:1" in message
     assert not (recipe("x: 1").parent / "made").exists()
+
+
+@pytest.mark.parametrize("text", ["adapter: !!python/object:os.system {}\n", "!mine {data: a}\n"])
+def test_a_block_with_a_tag_of_its_own_is_refused(recipe, text):
+    message = refused(recipe(text))
+    assert "recipe.yaml:1: the tag" in message
 
 
 def test_an_anchor_bomb_is_read_at_once(recipe):

@@ -109,6 +109,17 @@ def test_a_lora_config_without_targets_keeps_pefts_meaning():
     assert found.config.adapter.target_modules is None
 
 
+def test_a_block_given_whole_hides_what_the_recipe_says_of_it(recipe):
+    path = recipe("data: a.jsonl\nadapter: {r: 4, lora_alpha: 32, target_modules: [q_proj]}\n")
+    whole = LoraConfig(r=2, target_modules="all-linear")
+    found = resolve_python(path, {"adapter": whole})
+    assert found.config.adapter == whole
+    assert found.origins["adapter.lora_alpha"] == "default"
+    # what is named beside it goes first
+    found = resolve_python(path, {"adapter": whole, "adapter.lora_alpha": 16})
+    assert (found.config.adapter.lora_alpha, found.config.adapter.r) == (16, 2)
+
+
 def test_the_settings_of_another_method_are_those_of_its_class():
     found = resolve_python({"adapter": FullConfig(), "data": "a.jsonl"}, {})
     assert found.config.adapter.target_modules is None

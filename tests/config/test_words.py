@@ -36,6 +36,8 @@ def test_short_forms_set_the_key_that_is_meant():
         ("--train.packing=false", False),
         ("--train.packing False", False),
         ("--train.packing --train.seed 1", True),
+        ("--train.packing yes", True),
+        ("--train.packing off", False),
     ],
 )
 def test_a_flag_needs_no_value(line, packing):
@@ -108,6 +110,9 @@ def test_a_negative_number_is_a_value():
         ("--lora_r 4 --adapter.r 8", r"'4' as lora_r .* '8' as adapter.r"),
         ("--train 5", r"block of settings"),
         ("--r=", r"adapter.r is empty"),
+        ("--train.packing 1", r"train.packing is 1 .*; it must be true or false"),
+        ("--adapter lorra", r"adapter.method is 'lorra'; .* Did you mean 'lora'\? \(command line"),
+        ("--task_type SEQ_CLS", r"adapter.task_type is 'SEQ_CLS'; .* must be CAUSAL_LM"),
     ],
 )
 def test_a_mistake_says_what_and_the_way_out(line, told):
