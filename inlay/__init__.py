@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from inlay.core.config import PeftType, TaskType
     from inlay.core.errors import UserError
     from inlay.methods.lora import LoraConfig
+    from inlay.methods.miss import MissConfig
     from inlay.model.load import load_base
     from inlay.run import Run, train
     from inlay.surface.auto import (
@@ -54,6 +55,7 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "LoraConfig",
+    "MissConfig",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -80,6 +82,7 @@ _MODULES = {
     "inlay.core.config": ["PeftType", "TaskType"],
     "inlay.core.errors": ["UserError"],
     "inlay.methods.lora": ["LoraConfig"],
+    "inlay.methods.miss": ["MissConfig"],
     "inlay.model.load": ["load_base"],
     "inlay.run": ["Run"],
     "inlay.surface.auto": [name for name in __all__ if name.startswith("AutoPeftModel")],

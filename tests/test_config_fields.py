@@ -23,6 +23,11 @@ FIELDS = {
         modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision
         target_modules task_type use_rslora
     """,
+    "inlay.methods.miss:MissConfig": """
+        auto_mapping base_model_name_or_path bias exclude_modules inference_mode init_weights
+        layers_pattern layers_to_transform mini_r miss_dropout modules_to_save peft_type
+        peft_version r revision target_modules task_type
+    """,
     "inlay.train.settings:TrainConfig": """
         adam_beta1 adam_beta2 adam_epsilon early_stopping_patience early_stopping_threshold
         eval_batch_size eval_steps gradient_accumulation_steps gradient_checkpointing learning_rate

@@ -19,6 +19,7 @@ PUBLIC = {
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "LoraConfig",
+    "MissConfig",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",

@@ -13,6 +13,7 @@ class PeftType(enum.StrEnum):
     """The methods inlay knows, by the names PEFT writes into `adapter_config.json`."""
 
     LORA = "LORA"
+    MISS = "MISS"
     FULL = "FULL"
 
 
