@@ -12,6 +12,7 @@ import torch
 from inlay.checkpoint.atomic import whole_folder
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
+from inlay.model.load import quiet
 
 
 def export_model(
@@ -38,7 +39,7 @@ def export_model(
         weights = {
             n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()
         }
-    with whole_folder(folder) as partial:
+    with whole_folder(folder) as partial, quiet():
         model.save_pretrained(partial, state_dict=weights)
         if dtype is not None:
             # save_pretrained notes the dtype that the model has in memory

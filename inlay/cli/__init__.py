@@ -14,7 +14,7 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from inlay.core.errors import UserError, nearest
 
@@ -58,6 +58,8 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self.register("action", None, Once)
+        self.register("action", "store", Once)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
@@ -66,6 +68,23 @@ class Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         hint = nearest(unknown.split("=")[0], options) if unknown.startswith("--") else ""
         raise UserError(f"{message}.{hint} See {self.prog} --help")
+
+
+class Once(argparse.Action):
+    """Stores a value; a second one for the same option is an error, not the one that wins."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Store `values`."""
+        before = getattr(namespace, self.dest, self.default)
+        if option_string and before != self.default and before != values:
+            parser.error(f"{option_string} is given twice: {before!r} and {values!r}; keep one")
+        setattr(namespace, self.dest, values)
 
 
 def commands() -> list[str]:

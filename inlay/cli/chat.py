@@ -1,12 +1,12 @@
-"""Talk with a model in the terminal, with an adapter or several, or ask once with --prompt.
+"""Talk with a model in the terminal, or ask once with --prompt.
 
     inlay chat runs/support
     inlay chat runs/support --prompt "Where is my order?"
     inlay chat --adapter a=runs/a/adapter --adapter b=runs/b/adapter
     inlay chat --base_model Qwen/Qwen3-0.6B
 
-While talking: /adapter NAME switches (none = the base), /adapters lists, /reset forgets what was
-said, /quit ends. With nothing given it talks with inlay-tiny.
+While talking: /adapter NAME switches (none = the base), /adapters lists, /reset
+forgets what was said, /quit ends. With nothing given it talks with inlay-tiny.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--base_model", help="a hub id or a folder (default: what the adapter names, or inlay-tiny)"
     )
+    add("--any_base", action="store_true", help="do not check that it is the base of the training")
     add("--prompt", help="ask this, print the answer and end")
     add("--system", help="system prompt")
     add("--max_new_tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
@@ -38,8 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Load, then answer once or talk."""
-    if arguments.max_new_tokens < 1 or not arguments.temperature >= 0:
-        raise UserError("--max_new_tokens must be 1 or more, and --temperature 0 or more")
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens is {arguments.max_new_tokens}; it must be 1 or more")
+    if not 0 <= arguments.temperature < float("inf"):
+        raise UserError(f"--temperature is {arguments.temperature}; it must be 0 or more, finite")
     model, tokenizer = load(arguments)
     talk = Talk(model, tokenizer, arguments)
     if arguments.prompt is not None:
@@ -57,28 +60,30 @@ def run(arguments: argparse.Namespace) -> int:
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Return the model and tokenizer that the arguments name."""
     from inlay.model.load import load_base
-    from inlay.run.opening import is_hub_id, kind_of, named, open_adapters, open_trained
+    from inlay.run.opening import (
+        adapter_of,
+        is_hub_id,
+        kind_of,
+        named,
+        open_adapters,
+        open_trained,
+    )
 
-    given = {"device": arguments.device} if arguments.device else {}
+    given = {"device": arguments.device, "check_base": not arguments.any_base}
     adapters, source = list(arguments.adapter), arguments.source
     if source is not None and adapters:
         adapters.insert(0, source)
     if adapters:
-        places = {name: _of_run(place) for name, place in named(adapters).items()}
+        places = {name: adapter_of(place) for name, place in named(adapters).items()}
         return open_adapters(places, arguments.base_model, **given)
     if source is None or (not is_hub_id(source) and kind_of(source) == "model"):
-        model, tokenizer = load_base(source or arguments.base_model, **given)
+        if source and arguments.base_model:
+            raise UserError(f"{source} is a model, and so is --base_model; give one of them")
+        model, tokenizer = load_base(source or arguments.base_model, device=arguments.device)
         if tokenizer is None:
             raise UserError(f"{source or arguments.base_model} has no tokenizer")
         return model, tokenizer
     return open_trained(source, arguments.base_model, **given)
-
-
-def _of_run(place: str) -> str:
-    """Return the adapter's folder where `place` is that of its run."""
-    from inlay.run.opening import is_hub_id, kind_of
-
-    return f"{place}/adapter" if not is_hub_id(place) and kind_of(place) == "run" else place
 
 
 class Talk:
@@ -140,6 +145,9 @@ class Talk:
         return "  ".join(f"*{n}" if n == active else n for n in [*self.names, "none"])
 
     def _switch(self, name: str) -> None:
+        if not name:
+            print(self.where())
+            return
         if name != "none" and name not in self.names:
             print(f"no adapter {name!r}.{nearest(name, self.names)} {self.where()}")
             return
@@ -155,7 +163,7 @@ class Talk:
         ids = self._ids()
         warm = self.arguments.temperature > 0
         settings = GenerationConfig(
-            max_new_tokens=self.arguments.max_new_tokens,
+            max_new_tokens=min(self.arguments.max_new_tokens, self._room(ids.shape[1])),
             do_sample=warm,
             eos_token_id=self.stops or None,
             pad_token_id=self.tokenizer.pad_token_id or min(self.stops, default=0),
@@ -174,6 +182,18 @@ class Talk:
             )
         text = str(self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
         return (text.partition(self.end)[0] if self.end else text).strip()
+
+    def _room(self, said: int) -> int:
+        """Return how many tokens an answer may have after `said` of them."""
+        from inlay.model.load import most_tokens
+
+        limit = most_tokens(self.model)
+        if limit is not None and said >= limit:
+            raise UserError(
+                f"the conversation has {said} tokens, and the model reads {limit}; ask something "
+                "shorter, or /reset to forget what was said"
+            )
+        return self.arguments.max_new_tokens if limit is None else limit - said
 
     def _ids(self) -> Any:
         import torch

@@ -1,4 +1,6 @@
-"""Measure a trained adapter beside its base: loss, perplexity and exact match on held-out rows.
+"""Measure a trained adapter beside its base, on held-out rows.
+
+Loss, perplexity, and exact match of the answers:
 
     inlay eval runs/support
     inlay eval runs/support --data other.jsonl
@@ -21,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN|ADAPTER", help="a run folder, or an adapter's")
     parser.add_argument("--data", metavar="FILE", help="rows to measure, in place of the held-out")
     parser.add_argument("--base_model", help="base in place of the one that the adapter names")
+    parser.add_argument(
+        "--any_base", action="store_true", help="do not check that it is the base of the training"
+    )
     parser.add_argument("--answers", type=int, help="rows to answer (default: the run's, or 100)")
     parser.add_argument(
         "--max_new_tokens", type=int, help="longest answer (default: the run's, or 64)"
@@ -35,15 +40,29 @@ def run(arguments: argparse.Namespace) -> int:
     from inlay.run.folder import Run, base_arguments
     from inlay.run.opening import kind_of, open_trained
 
+    check_limits(arguments)
     kind = kind_of(arguments.source)
     config = Run.open(arguments.source).config if kind == "run" else RunConfig()
+    if kind == "adapter" and arguments.data is None:
+        raise UserError(f"{arguments.source} is an adapter; give rows to measure it: --data FILE")
     data = rows_to_measure(config, arguments.data) if kind in ("run", "adapter") else None
-    model, tokenizer = open_trained(arguments.source, arguments.base_model)
+    model, tokenizer = open_trained(
+        arguments.source, arguments.base_model, check_base=not arguments.any_base
+    )
     # after full fine-tuning the base is another model, not this one without its adapter
     full = None if hasattr(model, "disable_adapter") else load_base(**base_arguments(config))[0]
     found = measure(model, full, tokenizer, config, data, arguments)
-    show(found, config.evaluate.shown, as_json=arguments.json)
+    name = "adapter" if full is None else "model"
+    show(found, name, config.evaluate.shown, as_json=arguments.json)
     return 0
+
+
+def check_limits(arguments: argparse.Namespace) -> None:
+    """Raise UserError for a number that no measurement can have."""
+    for name, least in {"answers": 0, "max_new_tokens": 1}.items():
+        given = getattr(arguments, name)
+        if given is not None and given < least:
+            raise UserError(f"--{name} is {given}; it must be {least} or more")
 
 
 def rows_to_measure(config: Any, file: str | None) -> Any:
@@ -69,10 +88,11 @@ def measure(
     from dataclasses import replace
 
     from inlay.data.dataset import prepare
+    from inlay.run.limits import fitting
     from inlay.run.measure import measure_answers, measure_loss
     from inlay.train.precision import choose
 
-    prepared = prepare(data, tokenizer)
+    prepared = prepare(fitting(data, model), tokenizer)
     given = arguments.data is not None
     examples = prepared.train if given else prepared.eval
     rows = prepared.train_rows if given else prepared.eval_rows
@@ -92,8 +112,8 @@ def measure(
     return {"held_out": len(examples), "base": base, "adapter": side(model)}
 
 
-def show(found: dict[str, Any], shown: int, *, as_json: bool) -> None:
-    """Print an evaluation."""
+def show(found: dict[str, Any], name: str, shown: int, *, as_json: bool) -> None:
+    """Print an evaluation of what is called `name`."""
     if as_json:
         import json
 
@@ -104,6 +124,7 @@ def show(found: dict[str, Any], shown: int, *, as_json: bool) -> None:
     from inlay.run.tables import answers_table, scores_table
 
     console = Console(highlight=False)
-    for table in (answers_table(found, shown), scores_table(found)):
+    for table in (answers_table(found, shown, name), scores_table(found, name)):
         if table is not None:
+            console.print()
             console.print(table)

@@ -1,8 +1,10 @@
-"""Say what a folder is: a run, an adapter, a checkpoint, a model; without one, what is installed.
+"""Say what a folder is: a run, an adapter, a checkpoint, a model.
 
-inlay info
-inlay info runs/support
-inlay info my-adapter --json
+    inlay info runs/support
+    inlay info my-adapter --json
+    inlay info
+
+Without a folder it tells what is installed.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found, ensure_ascii=False, default=str))
         return 0
+    found = {name: value for name, value in found.items() if value is not None}
     width = max(map(len, found)) + 2
     for name, value in found.items():
         for i, line in enumerate(value if isinstance(value, list) else [value]):
@@ -72,15 +75,19 @@ def machine() -> dict[str, Any]:
 
 def _run(folder: Path) -> dict[str, Any]:
     from inlay.run.folder import Run
+    from inlay.run.standing import is_held
 
     run = Run.open(folder)
     config, outcome, found = run.config, run.outcome, run.evaluation or {}
     steps = (
         f"{outcome.step} of {outcome.total_steps} steps, {outcome.stopped}" if outcome else "none"
     )
-    state = (
-        "finished" if run.is_finished else "not finished; inlay train on its config.yaml goes on"
-    )
+    if is_held(folder):
+        state = "training now"
+    elif run.is_finished:
+        state = "finished"
+    else:
+        state = f"not finished; inlay train {folder / 'config.yaml'} goes on"
     scores = {
         side: ", ".join(
             f"{name} {found[side][name]:.4g}"
@@ -97,20 +104,26 @@ def _run(folder: Path) -> dict[str, Any]:
         "data": list(config.data.paths),
         "training": steps,
         "seconds": round(outcome.seconds, 1) if outcome else None,
-        **{f"scores of the {side}": told for side, told in scores.items()},
+        **{
+            f"scores of the {side if side == 'base' else run.trained.name}": told
+            for side, told in scores.items()
+        },
         "trained": str(run.trained) if run.trained.is_dir() else "nothing yet",
     }
 
 
 def _adapter(folder: Path) -> dict[str, Any]:
     from inlay.checkpoint.adapter import describe
+    from inlay.config.schema import keys
 
     found = describe(folder)
-    settings = found["config"]
+    # the settings that a recipe shows, where they are set; not what only PEFT's files have
     shown = {
-        name: value
-        for name, value in settings.items()
-        if value not in (None, False, {}, []) and not name.startswith(("peft_", "base_model"))
+        key.last: found["config"][key.last]
+        for key in keys(found["method"]).values()
+        if key.block == "adapter"
+        and key.shown
+        and found["config"].get(key.last) not in (None, False, {}, [])
     }
     return {
         "method": found["method"],
@@ -136,8 +149,8 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     return {
         "state": "whole",
         "step": manifest["step"],
-        "training loss": progress["train_loss"],
-        "held-out loss": progress["eval_loss"],
+        "training loss": _short(progress["train_loss"]),
+        "held-out loss": _short(progress["eval_loss"]),
     }
 
 
@@ -155,6 +168,10 @@ def _model(folder: Path) -> dict[str, Any]:
         "tokenizer": "yes" if (folder / "tokenizer_config.json").is_file() else "no",
         "vocabulary": config.get("vocab_size"),
     }
+
+
+def _short(loss: float | None) -> float | None:
+    return None if loss is None else float(f"{loss:.4g}")
 
 
 def _product(shape: tuple[int, ...]) -> int:

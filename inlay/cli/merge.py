@@ -3,7 +3,8 @@
     inlay merge runs/support merged
     inlay merge my-adapter merged --base_model Qwen/Qwen3-0.6B --dtype bfloat16
 
-The result needs neither inlay nor PEFT. The sum is made in float32 and rounded once.
+The result needs neither inlay nor PEFT. The sum is made in float32 and rounded
+once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder", metavar="FOLDER", help="where to write; it must not hold anything"
     )
     parser.add_argument("--base_model", help="base in place of the one that the adapter names")
+    parser.add_argument(
+        "--any_base", action="store_true", help="do not check that it is the base of the training"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -36,10 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already; remove it or give another folder")
     import torch
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of the shards it writes
-    model, tokenizer = open_trained(arguments.source, arguments.base_model)
+    model, tokenizer = open_trained(
+        arguments.source, arguments.base_model, check_base=not arguments.any_base
+    )
     plain = model.merge_and_unload(safe_merge=True) if hasattr(model, "roster") else model
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     export_model(plain, tokenizer, folder, dtype=dtype)

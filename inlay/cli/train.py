@@ -4,8 +4,9 @@
     inlay train recipe.yaml --adapter.r 32 --train.learning_rate 1e-4
     inlay train --base_model Qwen/Qwen3-0.6B --data chats.jsonl
 
-Every key of a recipe is an option: below, by block, with its default. The run folder (output_dir)
-holds all that the run leaves; the same command goes on with a run that was stopped.
+Every key of a recipe is an option: below, by block, with its default. The run
+folder (output_dir) holds all that the run leaves; the same command goes on with
+a run that was stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main(words: Sequence[str]) -> int:
         print(_help())
         return 0
     options = {name for name in OPTIONS if f"--{name}" in words}
-    words = [word for word in words if word.removeprefix("--") not in options]
+    words = [word for word in words if word not in {f"--{name}" for name in options}]
     with stop_asked():
         resolved = settings(words)
         from inlay.run import start

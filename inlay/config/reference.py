@@ -20,7 +20,7 @@ def blocks() -> Iterator[tuple[str, list[Key]]]:
     yield from found.items()
 
 
-def to_text(width: int = 96) -> str:
+def to_text(width: int = 79) -> str:
     """Return the keys as command line options."""
     lines = []
     for block, keys in blocks():

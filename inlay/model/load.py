@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def load_base(
     name_or_path: a folder or an id on the hub; None is the embedded `inlay-tiny`. dtype: of the
     weights (default: the checkpoint's). device: default a GPU where there is one. task_type: one of
     PEFT's (default: causal or sequence-to-sequence, whichever the base is). Raises UserError for a
-    base that is not there, has no safetensors, or needs code of its own.
+    base that is not there, has no safetensors, lacks weights, or needs code of its own.
     """
     if quantize not in (None, "none"):
         raise UserError(f"quantize={quantize!r} is not there yet: leave it out")
@@ -51,11 +52,18 @@ def load_base(
     from transformers import AutoConfig
 
     given: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with _explained(name), _quiet(name == TINY):
+    with _explained(name), quiet(name == TINY):
         config = AutoConfig.from_pretrained(source, **given)
-        model = _auto(config, task_type).from_pretrained(
-            source, config=config, dtype=chosen, use_safetensors=True, **given
+        model, told = _auto(config, task_type).from_pretrained(
+            source,
+            config=config,
+            dtype=chosen,
+            use_safetensors=True,
+            output_loading_info=True,
+            **given,
         )
+    if task_type in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):  # the other tasks' heads are new
+        _check_whole(name, model, told["missing_keys"])
     if name == TINY:
         # not a path of this machine: adapters are saved with the name of their base
         model.name_or_path = model.config._name_or_path = TINY
@@ -78,6 +86,16 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
+
+
+def most_tokens(base: Any) -> int | None:
+    """Return how many tokens the base has positions for; None where they have no table to end."""
+    config: Any = getattr(base, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(config, "rope_parameters", None):  # rotary positions go on as far as one likes
+        return None
+    found = getattr(config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def embedded() -> str:
@@ -123,6 +141,16 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
+def _check_whole(name: str, model: Any, missing: Collection[str]) -> None:
+    if missing:
+        first = ", ".join(sorted(missing)[:3])
+        raise UserError(
+            f"base_model {name!r} holds no weights for {len(missing)} of the parameters of "
+            f"{type(model).__name__} ({first}{', ...' if len(missing) > 3 else ''}), which would "
+            "be random: the folder is not whole, or its model is for another task"
+        )
+
+
 def _auto(config: Any, task_type: str | None) -> Any:
     import transformers
 
@@ -162,10 +190,11 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 
 @contextmanager
-def _quiet(wanted: bool) -> Iterator[None]:
-    """Show no progress bar for what takes no time."""
+def quiet(wanted: bool = False) -> Iterator[None]:
+    """Show no progress bar of transformers where it is not wanted or there is no terminal."""
     from transformers.utils import logging
 
+    wanted = wanted or not (sys.stderr and sys.stderr.isatty())
     shown = wanted and logging.is_progress_bar_enabled()
     if shown:
         logging.disable_progress_bar()
@@ -179,10 +208,24 @@ def _quiet(wanted: bool) -> Iterator[None]:
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
     """Turn what transformers raises for a base that it cannot load into a UserError."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except UserError:
         raise
+    except SafetensorError as error:
+        raise UserError(
+            f"base_model {name!r}: its weights are no whole safetensors file ({error}); fetch or "
+            "copy the model again"
+        ) from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise UserError(
+            f"base_model {name!r}: its weights have other shapes than its config.json says; fetch "
+            "or copy the model again"
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(

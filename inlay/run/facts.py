@@ -19,7 +19,7 @@ def facts(resolved: Resolved, model: Any, data: Prepared, precision: Any) -> dic
     return {
         "settings": settings(resolved),
         "base": [base(model)],
-        "data": data.describe(),
+        "data": [*data.describe(), *cut(resolved, data)],
         "adapter": adapter(resolved, model),
         "training": training(resolved, data, precision),
     }
@@ -46,6 +46,12 @@ def base(model: Any) -> str:
     return f"{name}: {type(plain).__name__}, {size} parameters, {dtype}, on {device_of(model)}"
 
 
+def cut(resolved: Resolved, data: Prepared) -> list[str]:
+    """Return a line where the base has positions for fewer tokens than a row might have."""
+    asked, limit = resolved.config.data.max_length, data.config.max_length
+    return [] if limit == asked else [f"longest row: {limit} tokens, as the base has positions for"]
+
+
 def adapter(resolved: Resolved, model: Any) -> list[str]:
     """Return what is trained, and how much of the whole that is."""
     config = resolved.config.adapter
@@ -70,14 +76,26 @@ def training(resolved: Resolved, data: Prepared, precision: Any) -> list[str]:
     an_epoch = Order(len(data.train), rows, config.seed).steps_per_epoch
     steps = config.max_steps or max(1, math.ceil(config.num_epochs * an_epoch))
     warmup = config.warmup_steps
-    rise = f"{warmup} steps" if warmup is not None else f"{config.warmup_ratio:.0%}"
+    rise = several(warmup, "step") if warmup is not None else f"{config.warmup_ratio:.0%}"
+    size = several(min(rows, len(data.train)), "example")
     return [
-        f"{objective_name(run.objective)}: {steps} steps of {rows} examples "
-        f"({config.micro_batch_size} x {config.gradient_accumulation_steps}), "
-        f"{steps / an_epoch:.3g} epochs",
+        f"{objective_name(run.objective)}: {several(steps, 'step')} of {size} "
+        f"({config.micro_batch_size} x {config.gradient_accumulation_steps}"
+        f"{', more than there are' if rows > len(data.train) else ''}), "
+        f"{several(steps / an_epoch, 'epoch')}",
         f"{str(precision).removeprefix('torch.')}; learning rate {config.learning_rate:g}, "
         f"{config.lr_scheduler} after a warmup of {rise}; seed {config.seed}",
     ]
+
+
+def several(number: float, noun: str) -> str:
+    """Return a number with its noun.
+
+    >>> several(1, "step"), several(0.5, "epoch")
+    ('1 step', '0.5 epochs')
+    """
+    told = str(number) if isinstance(number, int) else f"{number:.3g}"
+    return f"{told} {noun}" if told == "1" else f"{told} {noun}s"
 
 
 def count(number: int) -> str:

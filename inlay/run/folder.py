@@ -114,19 +114,21 @@ class Run:
         path = self.folder / EVENTS
         return read_events(path) if path.is_file() else []
 
-    def load(self) -> tuple[Any, Any]:
+    def load(self, *, device: str | None = None, check_base: bool = True) -> tuple[Any, Any]:
         """Return (model, tokenizer): the base with the trained adapter, ready to generate.
 
-        Raises UserError where the run has trained nothing yet.
+        device: in place of the one it was trained on. check_base: refuse a base that is no longer
+        the one it was trained on. Raises UserError where the run has trained nothing yet.
         """
         from inlay.model.load import load_base, load_tokenizer
         from inlay.surface.peft_model import PeftModel
 
         self.require_trained()
+        where = device or self.config.device
         if self.is_full:
-            return load_base(self.trained, device=self.config.device)
-        base, tokenizer = load_base(**base_arguments(self.config))
-        model = PeftModel.from_pretrained(base, self.adapter)
+            return load_base(self.trained, device=where)
+        base, tokenizer = load_base(**(base_arguments(self.config) | {"device": where}))
+        model = PeftModel.from_pretrained(base, self.adapter, check_base=check_base)
         return model, load_tokenizer(self.adapter) or tokenizer
 
     def require_trained(self) -> None:

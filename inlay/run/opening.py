@@ -32,30 +32,59 @@ def is_hub_id(place: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place)) and not Path(place).exists()
 
 
-def open_trained(place: str, base_model: str | None = None, **arguments: Any) -> tuple[Any, Any]:
+def open_trained(
+    place: str,
+    base_model: str | None = None,
+    *,
+    device: str | None = None,
+    check_base: bool = True,
+) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a run or an adapter (a folder, a hub id), ready to generate.
 
-    base_model: in place of the base that it names; arguments: more for `load_base`. Raises
-    UserError for any other folder.
+    base_model, device: in place of those that it names; check_base: refuse a base other than the
+    one it was trained on. Raises UserError for any other folder.
     """
+    given: dict[str, Any] = {"device": device, "check_base": check_base}
     kind = "adapter" if is_hub_id(place) else kind_of(place)
     if kind == "run":
         from inlay.run.folder import Run
 
         run = Run.open(place)
-        if base_model is None or run.is_full:
-            return run.load()
-        run.require_trained()
-        return open_adapters({"default": str(run.adapter)}, base_model, **arguments)
+        if base_model is None:
+            return run.load(**given)
+        return open_adapters({"default": adapter_of(place)}, base_model, **given)
     if kind == "adapter":
-        return open_adapters({"default": place}, base_model, **arguments)
+        return open_adapters({"default": place}, base_model, **given)
     raise UserError(
         f"{place} is no run (config.yaml) and no adapter (adapter_config.json){_also(kind)}"
     )
 
 
+def adapter_of(place: str) -> str:
+    """Return the adapter's folder where `place` is that of its run, else `place`.
+
+    Raises UserError for a run that has none: not ended yet, or of full fine-tuning.
+    """
+    if is_hub_id(place) or kind_of(place) != "run":
+        return place
+    from inlay.run.folder import Run
+
+    run = Run.open(place)
+    run.require_trained()
+    if run.is_full:
+        raise UserError(
+            f"{place} trained the whole model, so it has no adapter to set into another base; "
+            f"its model is {run.trained}"
+        )
+    return str(run.adapter)
+
+
 def open_adapters(
-    places: dict[str, str], base_model: str | None = None, **arguments: Any
+    places: dict[str, str],
+    base_model: str | None = None,
+    *,
+    device: str | None = None,
+    check_base: bool = True,
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer) of one base with several adapters by name, the first active.
 
@@ -69,12 +98,11 @@ def open_adapters(
     first, *others = folders
     settings = read_config(folders[first])
     name = base_model or settings.base_model_name_or_path
-    if base_model is None:
-        arguments.setdefault("revision", settings.revision)
-    base, tokenizer = load_base(name, **arguments)
-    model = PeftModel.from_pretrained(base, folders[first], first)
+    revision = settings.revision if base_model is None else None
+    base, tokenizer = load_base(name, device=device, revision=revision)
+    model = PeftModel.from_pretrained(base, folders[first], first, check_base=check_base)
     for other in others:
-        model.load_adapter(folders[other], other)
+        model.load_adapter(folders[other], other, check_base=check_base)
     model.set_adapter(first, inference_mode=True)
     return model.eval(), load_tokenizer(folders[first]) or tokenizer
 

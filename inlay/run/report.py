@@ -82,12 +82,13 @@ class JsonLines:
 
 
 def without_answers(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an evaluation with its scores alone."""
+    """Return an evaluation with its scores alone: no answers, no digests of the data."""
     return {
         side: {k: v for k, v in found.items() if k != "answers"}
         if isinstance(found, dict)
         else found
         for side, found in evaluation.items()
+        if side != "data"
     }
 
 
@@ -145,6 +146,12 @@ class Terminal:
                 self.notice(event["text"])
             case "end" | "nonfinite":
                 self.__exit__()
+                if event.get("stopped") == "early":
+                    self.notice(
+                        f"ended early, at step {event['step']} of {event['total_steps']}: the "
+                        f"held-out loss was lowest at step {event['best_step']}, "
+                        f"{_number(event['best_eval_loss'])}"
+                    )
 
     def stopped(self, run: Run, outcome: Outcome) -> None:
         """Print where it stands and how to go on."""
@@ -156,7 +163,8 @@ class Terminal:
     def result(self, run: Run) -> None:
         """Print scores, answers side by side, and where everything is."""
         found, shown = run.evaluation or {}, run.config.evaluate.shown
-        for table in (answers_table(found, shown), scores_table(found)):
+        name = run.trained.name
+        for table in (answers_table(found, shown, name), scores_table(found, name)):
             if table is not None:
                 self.console.print()
                 self.console.print(table, soft_wrap=False)

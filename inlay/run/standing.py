@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from inlay.checkpoint.atomic import clean_partials, remove_folder
+from inlay.checkpoint.atomic import clean_partials, disk_errors, remove_folder
 from inlay.config.resolve import Resolved
+from inlay.config.schema import RunConfig
 from inlay.core.errors import UserError
 from inlay.run.folder import (
     ADAPTER,
@@ -61,15 +63,38 @@ def look(run: Run, resolved: Resolved, *, overwrite: bool) -> Literal["new", "be
             f"{run.folder} holds a run with other settings: {'; '.join(differ)}. "
             "Give another output_dir, or --overwrite to start anew there"
         )
-    return "finished" if run.is_finished else "begun"
+    if not run.is_finished:
+        return "begun"
+    changed = changed_files(run, resolved.config)
+    if changed:
+        raise UserError(
+            f"{', '.join(changed)} changed since the run in {run.folder}. "
+            "Give another output_dir, or --overwrite to start anew there"
+        )
+    return "finished"
+
+
+def digests(config: RunConfig) -> dict[str, str]:
+    """Return the SHA-256 of every data file that lies on this machine, by its whole path."""
+    found = {}
+    for name in (*config.data.paths, *config.data.eval_paths):
+        path = Path(name).expanduser().absolute()
+        if path.is_file():
+            with path.open("rb") as file:
+                found[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def changed_files(run: Run, config: RunConfig) -> list[str]:
+    """Return the data files that are not what they were when the run measured its base."""
+    before = (run.evaluation or {}).get("data") or {}
+    return [path for path, now in digests(config).items() if before.get(path, now) != now]
 
 
 def clear(run: Run) -> None:
     """Remove what an earlier run wrote; what else lies in the folder stays."""
     for name in _OURS:
         path = run.folder / name
-        if name == LEDGER:
-            continue  # the new one already
         if path.is_dir() and not path.is_symlink():
             remove_folder(path)
         else:
@@ -78,7 +103,9 @@ def clear(run: Run) -> None:
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; UserError where another one trains there."""
+    """Make and hold `folder` for this process; UserError where another one trains there."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:  # Windows
@@ -97,6 +124,22 @@ def only_one(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a process trains in `folder` now."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 @contextmanager

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def scores_table(evaluation: Mapping[str, Any]) -> Any:
-    """Return a table of loss, perplexity and exact match, or None where nothing was measured."""
+def scores_table(evaluation: Mapping[str, Any], name: str = "adapter") -> Any:
+    """Return a table of loss, perplexity and exact match, or None where nothing was measured.
+
+    name: what was trained, above its column.
+    """
     from rich.table import Table
 
     before, after = evaluation.get("base") or {}, evaluation.get("adapter") or {}
@@ -17,7 +20,7 @@ def scores_table(evaluation: Mapping[str, Any]) -> Any:
     table = Table(title=f"on {rows} held-out examples", title_justify="left", title_style="bold")
     table.add_column("")
     table.add_column("base", justify="right")
-    table.add_column("adapter", justify="right", style="bold")
+    table.add_column(name, justify="right", style="bold")
     shown = {"loss a token": ("loss", ".4f"), "perplexity": ("perplexity", ".2f")}
     for label, (name, how) in shown.items():
         if name in before or name in after:
@@ -29,7 +32,7 @@ def scores_table(evaluation: Mapping[str, Any]) -> Any:
     return table
 
 
-def answers_table(evaluation: Mapping[str, Any], limit: int) -> Any:
+def answers_table(evaluation: Mapping[str, Any], limit: int, name: str = "adapter") -> Any:
     """Return a table of at most `limit` answers beside the expected ones, or None."""
     from rich.table import Table
     from rich.text import Text
@@ -40,7 +43,7 @@ def answers_table(evaluation: Mapping[str, Any], limit: int) -> Any:
     if not pairs:
         return None
     table = Table(title="held-out rows", title_justify="left", title_style="bold", show_lines=True)
-    for heading in ("asked", "expected", "base", "adapter"):
+    for heading in ("asked", "expected", "base", name):
         table.add_column(heading, ratio=2 if heading == "asked" else 1)
     for base, adapter in pairs:
         cells = [base["prompt"], base["expected"], base["answer"], adapter["answer"]]

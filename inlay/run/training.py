@@ -22,14 +22,16 @@ from inlay.config.resolve import Resolved, resolve_python
 from inlay.config.schema import RunConfig
 from inlay.core.errors import UserError
 from inlay.data.dataset import Prepared, prepare
+from inlay.data.ledger import write_ledger
 from inlay.data.pack import check_packable
 from inlay.data.read import raw_rows
 from inlay.model.load import load_base
 from inlay.run.facts import facts
 from inlay.run.folder import CONFIG, EVALUATION, LEDGER, Run, base_arguments
+from inlay.run.limits import check_base, check_tokens, fitting
 from inlay.run.measure import measure_answers, measure_loss, told
 from inlay.run.report import Report, Terminal
-from inlay.run.standing import clear, look, no_junk, only_one
+from inlay.run.standing import clear, digests, look, no_junk, only_one
 from inlay.surface.peft_model import get_peft_model
 from inlay.train.evaluate import Score
 from inlay.train.events import Events
@@ -64,15 +66,19 @@ def start(resolved: Resolved, *, overwrite: bool = False, report: Report | None 
     with report, no_junk(run.folder):
         for notice in resolved.notices:
             report.notice(notice)
-        state = look(run, resolved, overwrite=overwrite)
-        if state == "finished":
-            report.notice(f"{run.folder} holds this run, finished; --overwrite starts it anew")
-            report.result(run)
-            return run
-        job = _Job(resolved, run, report)
+        look(run, resolved, overwrite=overwrite)  # refuses before a folder is made
         with only_one(run.folder):
+            state = look(run, resolved, overwrite=overwrite)
+            if state == "finished":
+                report.notice(f"{run.folder} holds this run, finished; --overwrite starts it anew")
+                report.result(run)
+                return run
+            # an earlier run stays whole until it is known that the new one has rows to train
+            replaces = overwrite and run.is_run
+            job = _Job(resolved, run, report, None if replaces else run.folder / LEDGER)
             if overwrite:
                 clear(run)
+                write_ledger(run.folder / LEDGER, job.data.entries)
             if state == "begun":
                 report.notice(f"going on with the run in {run.folder}; --overwrite starts it anew")
             write_text(
@@ -92,30 +98,32 @@ def start(resolved: Resolved, *, overwrite: bool = False, report: Report | None 
 class _Job:
     """The objects that settings become, in the order in which a mistake is cheapest to find."""
 
-    def __init__(self, resolved: Resolved, run: Run, report: Report) -> None:
+    def __init__(self, resolved: Resolved, run: Run, report: Report, ledger: Path | None) -> None:
         config = self.config = resolved.config
         self.run, self.report = run, report
         check_sources(config)
         base, self.tokenizer = load_base(**base_arguments(config))
-        if self.tokenizer is None:
-            raise UserError(f"base_model {config.base_model!r} has no tokenizer beside it")
+        check_base(base, self.tokenizer, config)
         if config.train.packing:
             check_packable(base.config)
         self.model = adapted(base, config)
         self.objective = replace(config.objective, packing=config.train.packing)
+        vocabulary = base.get_input_embeddings().weight.shape[0]
         with disk_errors(run.folder):
-            self.data: Prepared = prepare(config.data, self.tokenizer, run.folder / LEDGER)
+            self.data: Prepared = prepare(fitting(config.data, base), self.tokenizer, ledger)
+        check_tokens(self.data, self.tokenizer, vocabulary)
         self.precision = choose(config.train.precision, self.model)
         report.facts(facts(resolved, self.model, self.data, self.precision))
 
     def measure_base(self) -> None:
         """Write what the base scores on the held-out rows, unless an earlier start did."""
-        if not (self.data.eval and (self.run.evaluation or {}).get("base")):
+        data, before = digests(self.config), self.run.evaluation or {}
+        if not (self.data.eval and before.get("base") and before.get("data") == data):
             if self.data.eval:
                 self.report.notice("measuring the base on the held-out rows")
             with self.without_adapter():
                 found = {**self.loss(), **self.answers()}
-            self.write({"held_out": len(self.data.eval), "base": found or None})
+            self.write({"data": data, "held_out": len(self.data.eval), "base": found or None})
 
     def fit(self, *, resume: bool) -> Outcome:
         """Train, or go on with it."""
@@ -147,7 +155,7 @@ class _Job:
         """Write what the adapter scores beside the base, which says that the run has ended."""
         found: dict[str, Any] = {}
         if self.data.eval:
-            self.report.notice("measuring the adapter on the held-out rows")
+            self.report.notice(f"measuring the {self.run.trained.name} on the held-out rows")
             found = {**self.last_loss(outcome), **self.answers()}
         self.write({**(self.run.evaluation or {}), "adapter": found or None, "finished": True})
 

@@ -19,6 +19,14 @@ def test_the_commands_are_the_files(inlay):
     assert [name for name in commands() if f"\n  {name} " not in out] == []
 
 
+def test_the_help_fits_a_terminal_of_80_columns(inlay, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in ([], *([command] for command in commands())):
+        lines = inlay(*words, "--help")[1].splitlines()
+        # a default such as a list of names may be longer; sentences are not
+        assert [line for line in lines if len(line) > 80 and not line.startswith("  --")] == []
+
+
 @pytest.mark.parametrize("command", ["train", "chat", "eval", "merge", "info"])
 def test_every_command_has_help_with_examples(inlay, command):
     code, out, _ = inlay(command, "--help")
@@ -62,7 +70,11 @@ def test_the_version_is_the_packages(inlay):
         (["train", "a.yaml", "b.yaml"], "one recipe"),
         (["train", "-x"], "'-x'"),
         (["chat", "--temperature", "hot"], "invalid float"),
-        (["chat", "--max_new_tokens", "0"], "1 or more"),
+        (["chat", "--max_new_tokens", "0"], "--max_new_tokens is 0; it must be 1 or more"),
+        (["chat", "--temperature", "nan"], "--temperature is nan; it must be 0 or more"),
+        (["chat", "--temperature", "inf"], "--temperature is inf"),
+        (["chat", "--prompt", "a", "--prompt", "b"], "--prompt is given twice: 'a' and 'b'"),
+        (["eval", "x", "--answers", "-1"], "--answers is -1; it must be 0 or more"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(inlay, words, told):

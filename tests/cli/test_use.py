@@ -240,6 +240,67 @@ def test_an_adapter_of_another_base_is_refused(inlay, trained, tiny_llama, tiny_
     refused(inlay, "base", uses=uses)
 
 
+def test_any_base_takes_an_adapter_to_a_base_of_the_same_shape(inlay, trained):
+    base = load_base()[0]
+    with torch.no_grad():
+        base.model.layers[0].self_attn.q_proj.weight.mul_(2)
+    base.save_pretrained("base")
+    load_base()[1].save_pretrained("base")
+    shutil.copytree(trained / "adapter", "adapter")
+    uses = [[*words, "--base_model", "base"] for words in USES]
+    refused(inlay, "sampled weights differ", "--any_base", uses=uses)
+    for words in uses:
+        assert inlay(*words, "--any_base")[0] == 0, words
+
+
+def test_the_device_that_is_asked_for_is_the_one_that_is_taken(inlay, trained):
+    code, _, errors = inlay("chat", str(trained), "--device", "tpu", "--prompt", "x")
+    assert code == 2
+    assert "'tpu' is no device" in errors
+
+
+def test_a_model_that_was_trained_whole_has_no_adapter_for_another_base(inlay):
+    from inlay.model.load import embedded
+    from tests.cli.conftest import SMALL
+
+    code, out, _ = inlay("train", "--data", "chats.jsonl", "--adapter", "full", *SMALL)
+    assert code == 0
+    assert "measuring the model" in out
+    for words in (
+        ["chat", "runs/chats", "--base_model", embedded(), "--prompt", "x"],
+        ["chat", "--adapter", "runs/chats", "--prompt", "x"],
+        ["merge", "runs/chats", "merged", "--base_model", embedded()],
+    ):
+        code, _, errors = inlay(*words)
+        assert code == 2
+        assert "trained the whole model" in errors
+
+
+def test_an_adapter_is_measured_on_rows_that_are_given(inlay, trained):
+    code, _, errors = inlay("eval", str(trained / "adapter"))
+    assert code == 2
+    assert "is an adapter; give rows to measure it: --data FILE" in errors
+
+
+def test_a_conversation_longer_than_the_positions_is_told(inlay):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=2560, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    GPT2LMHeadModel(config).save_pretrained("gpt2")
+    load_base()[1].save_pretrained("gpt2")
+    assert inlay("chat", "gpt2", "--prompt", "x")[0] == 0  # as many tokens as there is room for
+    code, _, errors = inlay("chat", "gpt2", "--prompt", "x " * 40)
+    assert code == 2
+    assert "the model reads 16" in errors
+
+
+def test_info_shows_the_settings_of_a_recipe_and_no_others(inlay, trained):
+    out = inlay("info", str(trained / "adapter"))[1]
+    assert "target_modules" in out
+    assert "megatron" not in out
+    assert "None" not in inlay("info", str(trained))[1]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import inlay
 from inlay import UserError
@@ -80,7 +82,21 @@ def broken(tmp_path: Path) -> dict[str, Any]:
         '{"model_type": "novel", "auto_map": {"AutoConfig": "code.Config"}}'
     )
     (tmp_path / "foreign" / "model.safetensors").write_bytes(b"")
+    torn = tmp_path / "torn"
+    shutil.copytree(embedded(), torn)
+    weights = (torn / "model.safetensors").read_bytes()
+    (torn / "model.safetensors").write_bytes(weights[:-100])
+    for name, change in {"lacking": None, "misshaped": torch.zeros(3, 3)}.items():
+        shutil.copytree(embedded(), tmp_path / name)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        del tensors["model.layers.0.self_attn.q_proj.weight"]
+        if change is not None:
+            tensors["model.layers.0.self_attn.q_proj.weight"] = change
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     return {
+        "torn": (torn, "torn': its weights are no whole safetensors file"),
+        "lacking": (tmp_path / "lacking", r"no weights for 1 .*q_proj\.weight.*would be random"),
+        "misshaped": (tmp_path / "misshaped", "other shapes than its config"),
         "missing": (tmp_path / "missing", "there is no such folder"),
         "empty": (tmp_path / "empty", "no config.json"),
         "file": (tmp_path / "file", "is a file"),
@@ -91,9 +107,11 @@ def broken(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(
-    "case", ["missing", "empty", "file", "pickled", "adapter", "foreign", "hub"]
-)
+CASES = ["torn", "lacking", "misshaped", "missing", "empty", "file"]
+CASES += ["pickled", "adapter", "foreign", "hub"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_what_is_no_base_is_one_error_that_names_it(tmp_path: Path, case: str) -> None:
     name, match = broken(tmp_path)[case]
     with pytest.raises(UserError, match=match):

@@ -66,6 +66,15 @@ def test_the_bar_is_taken_away_where_the_run_breaks_off():
     assert report.bar is None
 
 
+def test_a_run_that_ends_early_says_why():
+    with terminal(is_terminal=False) as report:
+        end = {"event": "end", "stopped": "early", "step": 9, "total_steps": 20}
+        report.event({**end, "best_step": 5, "best_eval_loss": 1.25})
+    said = report.console.file.getvalue()
+    assert "ended early, at step 9 of 20" in said
+    assert "lowest at step 5, 1.25" in said
+
+
 def test_a_resumed_run_says_where_it_goes_on():
     with terminal(is_terminal=False) as report:
         report.event({"event": "resume", "step": 40, "steps": 100})

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 
 import inlay
 from inlay.core.errors import UserError
 from inlay.run import training
-from inlay.run.standing import only_one
+from inlay.run.standing import is_held, only_one
 
 
 class Killed(BaseException):
@@ -113,6 +115,43 @@ def test_changed_rows_are_refused_on_resume(start, chats, monkeypatch):
     chats.write_text("".join(chats.read_text().splitlines(keepends=True)[:-4]))
     with pytest.raises(UserError, match="training rows are not the same"):
         start()
+
+
+def test_changed_rows_are_refused_where_the_run_has_ended(start, chats):
+    start()
+    chats.write_text("".join(chats.read_text().splitlines(keepends=True)[:-4]))
+    with pytest.raises(UserError, match=r"chats\.jsonl changed since the run.*--overwrite"):
+        start()
+    start(overwrite=True)
+
+
+def test_the_base_is_measured_again_on_changed_rows(start, chats, monkeypatch):
+    interrupted(monkeypatch, start, "fit")
+    before = json.loads(Path("run/evaluation.json").read_text())
+    lines = chats.read_text().splitlines(keepends=True)
+    chats.write_text("".join(line.replace("Where is", "Who has") for line in lines))
+    run, _ = start()
+    assert run.evaluation["base"]["loss"] != before["base"]["loss"]
+
+
+def test_a_start_that_fails_leaves_the_earlier_run_whole(start, chats):
+    run, _ = start()
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    chats.write_text(chats.read_text().replace('"content": "In', '"train": false, "content": "In'))
+    with pytest.raises(UserError, match="no turn is trained"):
+        start(overwrite=True)
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
+def test_the_folder_is_held_before_anything_is_written_there(start, chats):
+    run, _ = start()
+    ledger = (run.folder / "ledger.jsonl").read_bytes()
+    with only_one(run.folder):
+        assert is_held(run.folder)
+        with pytest.raises(UserError, match="another process"):
+            start(overwrite=True, data={"limit": 8})
+    assert not is_held(run.folder)
+    assert (run.folder / "ledger.jsonl").read_bytes() == ledger
 
 
 def test_nothing_is_left_where_a_start_fails(start, chats):

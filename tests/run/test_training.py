@@ -60,6 +60,13 @@ def test_what_is_inferred_is_told_before_the_first_step(start):
         assert part in facts, part
 
 
+def test_one_step_is_no_steps_and_takes_no_more_rows_than_there_are(start):
+    train = {"max_steps": 1, "gradient_accumulation_steps": 50}
+    _, told = start(train=train, evaluate={"answers": 0})
+    facts = next(event for event in told.events if event["event"] == "facts")
+    assert "sft: 1 step of 12 examples (2 x 50, more than there are), 1 epoch" in facts["training"]
+
+
 def test_base_and_adapter_are_measured_on_the_held_out_rows_once(start):
     run, told = start(train={"max_steps": 4, "learning_rate": 0.01})
     base, adapter = run.evaluation["base"], run.evaluation["adapter"]
