@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inlay.core.config import PeftType, TaskType
     from inlay.core.errors import UserError
+    from inlay.methods.hira import HiraConfig
     from inlay.methods.lora import LoraConfig
     from inlay.methods.miss import MissConfig
+    from inlay.methods.road import RoadConfig
     from inlay.model.load import load_base
     from inlay.run import Run, train
     from inlay.surface.auto import (
@@ -54,6 +56,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "HiraConfig",
     "LoraConfig",
     "MissConfig",
     "PeftConfig",
@@ -65,6 +68,7 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "RoadConfig",
     "Run",
     "TaskType",
     "UserError",
@@ -81,8 +85,10 @@ __all__ = [
 _MODULES = {
     "inlay.core.config": ["PeftType", "TaskType"],
     "inlay.core.errors": ["UserError"],
+    "inlay.methods.hira": ["HiraConfig"],
     "inlay.methods.lora": ["LoraConfig"],
     "inlay.methods.miss": ["MissConfig"],
+    "inlay.methods.road": ["RoadConfig"],
     "inlay.model.load": ["load_base"],
     "inlay.run": ["Run"],
     "inlay.surface.auto": [name for name in __all__ if name.startswith("AutoPeftModel")],

@@ -28,6 +28,16 @@ FIELDS = {
         layers_pattern layers_to_transform mini_r miss_dropout modules_to_save peft_type
         peft_version r revision target_modules task_type
     """,
+    "inlay.methods.hira:HiraConfig": """
+        auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out hira_dropout
+        inference_mode init_weights layers_pattern layers_to_transform modules_to_save peft_type
+        peft_version r rank_pattern revision target_modules task_type
+    """,
+    "inlay.methods.road:RoadConfig": """
+        auto_mapping base_model_name_or_path exclude_modules group_size inference_mode init_weights
+        layers_pattern layers_to_transform modules_to_save peft_type peft_version revision
+        target_modules task_type variant
+    """,
     "inlay.train.settings:TrainConfig": """
         adam_beta1 adam_beta2 adam_epsilon early_stopping_patience early_stopping_threshold
         eval_batch_size eval_steps gradient_accumulation_steps gradient_checkpointing learning_rate

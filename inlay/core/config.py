@@ -14,6 +14,12 @@ class PeftType(enum.StrEnum):
 
     LORA = "LORA"
     MISS = "MISS"
+    HIRA = "HIRA"
+    ROAD = "ROAD"
+    DELORA = "DELORA"
+    GRALORA = "GRALORA"
+    SHIRA = "SHIRA"
+    ADALORA = "ADALORA"
     FULL = "FULL"
 
 
@@ -38,6 +44,8 @@ class AdapterConfig:
     method: ClassVar[PeftType]
     not_yet: ClassVar[dict[str, str]] = {}
     """Fields of PEFT's files of which only the default is supported: name -> reason."""
+    unwritten: ClassVar[tuple[str, ...]] = ()
+    """Fields that PEFT's configuration of this method lacks: in a file only where they are set."""
 
     task_type: str | None = None
     """What the model is for: one of `TaskType`, or None."""
@@ -85,7 +93,12 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields PEFT writes, in plain JSON types."""
-        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        given = {f: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {
+            field.name: value
+            for field, value in given.items()
+            if field.name not in self.unwritten or value != default(field)
+        }
 
 
 def default(field: dataclasses.Field[Any]) -> Any:

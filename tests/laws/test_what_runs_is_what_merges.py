@@ -76,6 +76,7 @@ Sample = Callable[[], tuple[nn.Module, torch.Tensor]]
 SAMPLES: dict[str, Sample] = {
     "linear": lambda: (nn.Linear(6, 5), floats(3, 4, 6)),
     "linear without bias": lambda: (nn.Linear(6, 5, bias=False), floats(3, 6)),
+    "linear of even sizes": lambda: (nn.Linear(8, 4), floats(3, 4, 8)),
     "Conv1D": lambda: (conv1d(), floats(3, 4, 6)),
     "conv1d": lambda: (nn.Conv1d(2, 5, 3, padding=1, padding_mode="circular"), floats(3, 2, 9)),
     "conv2d": lambda: (
@@ -140,9 +141,15 @@ def sampled(name: str) -> tuple[nn.Module, torch.Tensor]:
 
 
 def holds(made: str, module: nn.Module) -> bool:
-    kind, _ = MADE[made]
+    kind, config = MADE[made]
     base = view(module)
-    return base.kind in kind.on and (kind is not Bias or base.bias() is not None)
+    if base.kind not in kind.on or (kind is Bias and base.bias() is None):
+        return False
+    try:
+        kind(config, base)
+    except UserError:  # some methods cut a layer into blocks, and say which sizes they take
+        return False
+    return True
 
 
 def filled(made: str, module: nn.Module, seed: int = 1) -> Adapter:
