@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,23 @@ def export_model(
             told["dtype"] = str(dtype).removeprefix("torch.")
             (partial / "config.json").write_text(json.dumps(told, indent=2) + "\n", "utf-8")
         if tokenizer is not None:
-            written = tokenizer
-            if chat_template is not None and chat_template != tokenizer.chat_template:
-                written = copy.deepcopy(tokenizer)
-                written.chat_template = chat_template
-            written.save_pretrained(partial)
+            _with_template(tokenizer, chat_template).save_pretrained(partial)
     return folder
+
+
+def tokenizer_files(tokenizer: Any, chat_template: str | None) -> dict[str, bytes]:
+    """Return the files of a tokenizer by name, with `chat_template` in place of its own."""
+    if tokenizer is None:
+        return {}
+    tokenizer = _with_template(tokenizer, chat_template)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}
+
+
+def _with_template(tokenizer: Any, chat_template: str | None) -> Any:
+    if chat_template is None or chat_template == tokenizer.chat_template:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = chat_template
+    return tokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -44,13 +44,16 @@ class AutoPeftModel:
         *,
         revision: str | None = None,
         dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        device_map: Any = None,
         trust_remote_code: bool = False,
         check_base: bool = True,
     ) -> PeftModel:
         """Return the base that the adapter's settings name, with the adapter of the folder.
 
-        dtype, device, trust_remote_code: of the base, as in `load_base`. A tokenizer in the folder
+        dtype (once torch_dtype), device, trust_remote_code: of the base, as in `load_base`.
+        device_map: transformers' way to say the device; one for all. A tokenizer in the folder
         with more tokens than the base has makes the embeddings grow, as they had when the adapter
         was trained.
         """
@@ -66,8 +69,8 @@ class AutoPeftModel:
         task = cls.task or settings.task_type
         base, _ = load_base(
             name,
-            dtype=dtype,
-            device=device,
+            dtype=dtype if dtype is not None else torch_dtype,
+            device=device if device is not None else _one_device(device_map),
             task_type=task,
             revision=settings.revision,
             trust_remote_code=trust_remote_code,
@@ -115,3 +118,19 @@ class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     """`AutoPeftModel` for embeddings."""
 
     model, task = PeftModelForFeatureExtraction, "FEATURE_EXTRACTION"
+
+
+def _one_device(device_map: Any) -> torch.device | str | None:
+    """Return the device that a device_map means; UserError where it means several."""
+    if isinstance(device_map, dict) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if device_map is None or device_map == "auto":
+        return None
+    if isinstance(device_map, int):
+        return f"cuda:{device_map}"
+    if isinstance(device_map, str | torch.device) and not str(device_map).startswith("balanced"):
+        return device_map
+    raise UserError(
+        f"device_map={device_map!r:.60} spreads the base over several devices, which is not there "
+        "yet; give one device, such as cuda:0, or auto"
+    )

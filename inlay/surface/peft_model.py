@@ -6,8 +6,6 @@ Each method is a line or two into `model/` or `checkpoint/`.
 from __future__ import annotations
 
 import contextlib
-import copy
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch import nn
 
 from inlay.checkpoint import folder as files
 from inlay.checkpoint.adapter import load_adapter, save_adapter
+from inlay.checkpoint.export import tokenizer_files
 from inlay.checkpoint.fingerprint import fingerprint
 from inlay.checkpoint.folder import parse_config
 from inlay.core.config import AdapterConfig
@@ -24,28 +23,8 @@ from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
 from inlay.core.targeted import TargetedConfig
 from inlay.model.roster import Roster
-
-
-class Adapted(nn.Module):
-    """The base with its hosts, a level below `PeftModel`: paths read `base_model.model....`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """Hold `model`."""
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the model returns."""
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        """Return the model's attribute."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
+from inlay.surface.adapted import Adapted
+from inlay.surface.signature import DECODER, OTHER, SPANS, TEXT, forward_of, takes_anything
 
 
 class PeftModel(nn.Module):
@@ -70,19 +49,17 @@ class PeftModel(nn.Module):
 
     # -- running
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Return what the model returns, with the active adapters, or each row with its own."""
-        with self._routed(adapter_names):
-            return self.base_model.model(*args, **kwargs)
+    forward = forward_of(*TEXT, *DECODER, *OTHER, "labels", *SPANS)
 
     def generate(
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         """Return what the model generates, with the active adapters, or each row with its own."""
-        with self._routed(adapter_names):
+        with self.routed(adapter_names):
             return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
 
-    def _routed(self, names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
+    def routed(self, names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which each row of a batch has the adapter named for it."""
         if names is None:
             return contextlib.nullcontext()
         return self.roster.selection.using(rows=self.roster.row_names(names))
@@ -99,6 +76,12 @@ class PeftModel(nn.Module):
     def get_base_model(self) -> nn.Module:
         """Return the base's own object, hosts included."""
         return self.base_model.model
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base takes what transformers' Trainer tells it for its loss."""
+        base = self.base_model.model
+        return bool(getattr(base, "accepts_loss_kwargs", takes_anything(base)))
 
     # -- choosing
 
@@ -121,6 +104,16 @@ class PeftModel(nn.Module):
                 f"{len(names)} adapters are active ({', '.join(names)}): use active_adapters"
             )
         return names[0]
+
+    @property
+    def active_peft_config(self) -> TargetedConfig:
+        """The settings of the active adapter; UserError where there is not exactly one."""
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def peft_type(self) -> str | None:
+        """The active adapter's method, by PEFT's name."""
+        return self.active_peft_config.peft_type
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter active, or a stack of them, the first closest to the base.
@@ -167,12 +160,17 @@ class PeftModel(nn.Module):
         self.roster.unmerge()
 
     def merge_and_unload(
-        self, *, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
     ) -> nn.Module:
         """Return the plain model with the named (default: active) adapters merged for good.
 
-        With `safe_merge`, UserError where a merged value is not finite, with nothing merged.
+        progressbar: taken as PEFT takes it; merging has no bar to show. With `safe_merge`,
+        UserError where a merged value is not finite, with nothing merged.
         """
+        del progressbar
         if not self.roster.selection.merged or adapter_names is not None:
             self.roster.merge(adapter_names, check=safe_merge)
         return self.roster.take_out(merged=True)
@@ -185,12 +183,16 @@ class PeftModel(nn.Module):
         *,
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str = "auto",
+        is_main_process: bool = True,
         tokenizer: Any = None,
         chat_template: str | None = None,
     ) -> None:
         """Write the adapters (default: all) in PEFT's files.
 
-        "default" goes into the folder itself, another into a folder of its name within.
+        "default" goes into the folder itself, another into a folder of its name within. Embeddings
+        are written with an adapter of theirs and after a change of the vocabulary ("auto").
+        is_main_process: false writes nothing, where another process of the training does.
         tokenizer, chat_template: written beside them, so that the adapter is used with what it was
         trained with.
         """
@@ -199,11 +201,18 @@ class PeftModel(nn.Module):
                 "safe_serialization=False asks for a pickle, which runs code when it is read: "
                 "only safetensors are written"
             )
+        if save_embedding_layers != "auto":
+            raise UserError(
+                f"save_embedding_layers={save_embedding_layers!r} is not supported: leave it at "
+                "'auto', or name the embedding in modules_to_save"
+            )
+        if not is_main_process:
+            return
         chosen = self.roster.names if selected_adapters is None else tuple(selected_adapters)
         self.roster.check(*chosen)
         for name in chosen:
             place = Path(save_directory) if name == "default" else Path(save_directory) / name
-            extra = _tokenizer_files(tokenizer, chat_template)
+            extra = tokenizer_files(tokenizer, chat_template)
             save_adapter(self.roster, name, place, base=self._base_fingerprint, extra=extra)
 
     @classmethod
@@ -216,19 +225,28 @@ class PeftModel(nn.Module):
         config: AdapterConfig | None = None,
         *,
         revision: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
         check_base: bool = True,
     ) -> PeftModel:
         """Return `model` with the adapter of a folder (or hub id) loaded; it is changed in place.
 
         is_trainable: whether the adapter gets gradients. check_base: refuse an adapter that was
-        trained on another base of the same shape. On any error the model stays as it was.
+        trained on another base of the same shape. The others are those of `load_adapter`. On any
+        error the model stays as it was.
         """
         folder = files.fetch(model_id, revision)
         settings = config or files.read_config(folder)
         kind = CLASSES.get(settings.task_type or "", PeftModel) if cls is PeftModel else cls
         adapted = kind(model)
         adapted.load_adapter(
-            folder, adapter_name, is_trainable=is_trainable, config=settings, check_base=check_base
+            folder,
+            adapter_name,
+            is_trainable,
+            config=settings,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            check_base=check_base,
         )
         return adapted.eval() if not is_trainable else adapted
 
@@ -240,9 +258,16 @@ class PeftModel(nn.Module):
         *,
         config: AdapterConfig | None = None,
         revision: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
         check_base: bool = True,
     ) -> None:
-        """Load one more adapter from a folder or hub id; the first one becomes active."""
+        """Load one more adapter from a folder or hub id; the first one becomes active.
+
+        autocast_adapter_dtype: as in `get_peft_model`. low_cpu_mem_usage: taken as PEFT takes it;
+        an adapter never has memory before its tensors are read.
+        """
+        del low_cpu_mem_usage
         folder = files.fetch(model_id, revision)
         load_adapter(
             self.roster,
@@ -252,6 +277,8 @@ class PeftModel(nn.Module):
             trainable=is_trainable,
             check_base=check_base,
         )
+        if not autocast_adapter_dtype:
+            _follow_base(self.roster, adapter_name)
 
     # -- counting
 
@@ -272,25 +299,37 @@ class PeftModel(nn.Module):
 class PeftModelForCausalLM(PeftModel):
     """`PeftModel` for task_type CAUSAL_LM."""
 
+    forward = forward_of(*TEXT, "labels")
+
 
 class PeftModelForSeq2SeqLM(PeftModel):
     """`PeftModel` for task_type SEQ_2_SEQ_LM."""
+
+    forward = forward_of(*TEXT, *DECODER, "labels")
 
 
 class PeftModelForSequenceClassification(PeftModel):
     """`PeftModel` for task_type SEQ_CLS: the classification head is trained and saved too."""
 
+    forward = forward_of(*TEXT, "labels")
+
 
 class PeftModelForTokenClassification(PeftModel):
     """`PeftModel` for task_type TOKEN_CLS: the classification head is trained and saved too."""
+
+    forward = forward_of(*TEXT, "labels")
 
 
 class PeftModelForQuestionAnswering(PeftModel):
     """`PeftModel` for task_type QUESTION_ANS: the span head is trained and saved too."""
 
+    forward = forward_of(*TEXT, *SPANS)
+
 
 class PeftModelForFeatureExtraction(PeftModel):
     """`PeftModel` for task_type FEATURE_EXTRACTION."""
+
+    forward = forward_of(*TEXT)
 
 
 CLASSES: dict[str, type[PeftModel]] = {
@@ -322,9 +361,14 @@ def get_peft_model(
     adapted = CLASSES.get(config.task_type or "", PeftModel)(model)
     adapted.roster.add(adapter_name, config)
     if not autocast_adapter_dtype:
-        for _, host, adapter in adapted.roster.adapters(adapter_name):
-            adapter.to(next((p.dtype for p in host.base_layer.parameters()), torch.float32))
+        _follow_base(adapted.roster, adapter_name)
     return adapted
+
+
+def _follow_base(roster: Roster, name: str) -> None:
+    """Give the adapter the dtype of the layers it is set into."""
+    for _, host, adapter in roster.adapters(name):
+        adapter.to(next((p.dtype for p in host.base_layer.parameters()), torch.float32))
 
 
 def _targeted(config: AdapterConfig | Mapping[str, Any]) -> TargetedConfig:
@@ -336,15 +380,3 @@ def _targeted(config: AdapterConfig | Mapping[str, Any]) -> TargetedConfig:
             "use inlay.LoraConfig, or a dictionary with its fields and peft_type"
         )
     return config
-
-
-def _tokenizer_files(tokenizer: Any, chat_template: str | None) -> dict[str, bytes]:
-    """Return the files of a tokenizer by name, with `chat_template` in place of its own."""
-    if tokenizer is None:
-        return {}
-    if chat_template is not None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.chat_template = chat_template
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}

@@ -38,6 +38,18 @@ def test_a_folder_loads_with_its_base_and_its_head(task: str | None, tmp_path: P
     assert isinstance(inlay.PeftConfig.from_pretrained(tmp_path / "adapter"), LoraConfig)
 
 
+def test_dtype_and_device_may_be_said_as_transformers_does(tmp_path: Path) -> None:
+    base, _ = inlay.load_base()
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    load = inlay.AutoPeftModelForCausalLM.from_pretrained
+    for given in ({"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {"device_map": "auto"}):
+        model = load(tmp_path, torch_dtype=torch.bfloat16, **given)
+        assert model.dtype == torch.bfloat16
+    with pytest.raises(UserError, match="several devices, which is not there yet"):
+        load(tmp_path, device_map={"model.layers.0": 0, "model.layers.1": 1})
+
+
 def test_a_sequence_to_sequence_base(tmp_path: Path) -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 

@@ -101,6 +101,34 @@ def test_the_counts_and_the_line_that_tells_them(model: PeftModel, capsys: Any) 
     assert capsys.readouterr().out == line
 
 
+def test_the_active_adapters_settings_are_at_hand(model: PeftModel) -> None:
+    assert model.active_peft_config.r == 4
+    assert model.peft_type == "LORA"
+    model.set_adapter(["default", "other"])
+    with pytest.raises(UserError, match="2 adapters are active"):
+        model.active_peft_config  # noqa: B018
+
+
+def test_pefts_arguments_of_loading_and_saving_are_taken(tiny_llama: Any, tmp_path: Path) -> None:
+    adapted = get_peft_model(tiny_llama(), CONFIG)
+    adapted.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(UserError, match="save_embedding_layers=True is not supported"):
+        adapted.save_pretrained(tmp_path / "none", save_embedding_layers=True)
+    adapted.save_pretrained(tmp_path / "all", save_embedding_layers="auto", is_main_process=True)
+    half = tiny_llama().bfloat16()
+    again = PeftModel.from_pretrained(
+        half, tmp_path / "all", low_cpu_mem_usage=True, autocast_adapter_dtype=False
+    )
+    again.load_adapter(tmp_path / "all", "wide", check_base=False)
+    dtypes = {
+        name: {p.dtype for _, _, a in again.roster.adapters(name) for p in a.parameters()}
+        for name in ("default", "wide")
+    }
+    assert dtypes == {"default": {torch.bfloat16}, "wide": {torch.float32}}
+    assert again.merge_and_unload(progressbar=True) is half
+
+
 def test_a_pickle_is_not_written(model: PeftModel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="only safetensors are written"):
         model.save_pretrained(tmp_path / "a", safe_serialization=False)
