@@ -31,8 +31,11 @@ if TYPE_CHECKING:
     )
     from inlay.surface.config import PeftConfig, get_peft_config
     from inlay.surface.functions import (
+        convert_to_lora,
+        extract_lora,
         get_peft_model_state_dict,
         inject_adapter_in_model,
+        save_as_lora,
         set_peft_model_state_dict,
     )
     from inlay.surface.peft_model import (
@@ -73,11 +76,14 @@ __all__ = [
     "TaskType",
     "UserError",
     "__version__",
+    "convert_to_lora",
+    "extract_lora",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "load_base",
+    "save_as_lora",
     "set_peft_model_state_dict",
     "train",
 ]
@@ -94,8 +100,11 @@ _MODULES = {
     "inlay.surface.auto": [name for name in __all__ if name.startswith("AutoPeftModel")],
     "inlay.surface.config": ["PeftConfig", "get_peft_config"],
     "inlay.surface.functions": [
+        "convert_to_lora",
+        "extract_lora",
         "get_peft_model_state_dict",
         "inject_adapter_in_model",
+        "save_as_lora",
         "set_peft_model_state_dict",
     ],
     "inlay.surface.peft_model": [

@@ -123,6 +123,11 @@ class Delta(Reweight):
     def delta(self, dtype: torch.dtype) -> Tensor:
         """Return the update [O, I] of the weight, computed in `dtype`."""
 
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Return B [O, R] and A [R, I] whose product is the delta, where it is one of thin two."""
+        del dtype
+        return None
+
     @abstractmethod
     def update(self, base: Base, x: Any) -> Tensor:
         """Return what the update adds to the output, without making the delta if that is less."""

@@ -189,6 +189,10 @@ class Lora(Delta):
         """Return s B A [O, I]."""
         return self.config.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
 
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Return s B [O, R] and A [R, I]."""
+        return self.config.scaling * self.lora_B.to(dtype), self.lora_A.to(dtype)
+
     def update(self, base: Base, x: Tensor) -> Tensor:
         """Return s B (A x), never the product of the two."""
         if x.is_floating_point():

@@ -64,7 +64,7 @@ class Roster:
         A fresh one is initialized so that the model computes what it did; `device="meta"` leaves
         the parameters without memory, for a loader to fill. The first adapter becomes active.
         """
-        self._check_new(name, config)
+        self.check_new(name, config)
         method = method_of(config)
         if method.adapter is None:
             self._leave_trainable(name, config)
@@ -269,7 +269,8 @@ class Roster:
         self.configs[name] = config
         self.selection.active = (name,)
 
-    def _check_new(self, name: str, config: TargetedConfig) -> None:
+    def check_new(self, name: str, config: TargetedConfig) -> None:
+        """Raise UserError where no adapter of this name and kind can be added now."""
         if name in self.configs:
             raise UserError(
                 f"an adapter called {name!r} exists: delete it first, or take another name"

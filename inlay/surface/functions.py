@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from inlay.checkpoint.adapter import adapter_tensors, set_tensors
+from inlay.checkpoint.adapter import adapter_tensors, save_adapter, set_tensors
 from inlay.checkpoint.names import PREFIX
 from inlay.core.config import AdapterConfig
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
 from inlay.core.targeted import TargetedConfig
+from inlay.methods.lora import LoraConfig
+from inlay.model.convert import Approximation, convert, extract
 from inlay.model.roster import Roster
 from inlay.model.targets import modules
 from inlay.surface.peft_model import PeftModel
@@ -78,6 +83,63 @@ def set_peft_model_state_dict(
     Strict: UserError lists every missing, unexpected and misshaped tensor, with nothing copied.
     """
     set_tensors(roster_of(model), adapter_name, peft_model_state_dict)
+
+
+def convert_to_lora(
+    model: nn.Module, rank: int | float, adapter_name: str = "default"
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Return the LoRA that comes nearest to an adapter: its settings, its tensors by PEFT's keys.
+
+    rank: a whole number, or as a float the share of each update's squares to keep. The model stays
+    as it is; `PeftModel.convert_to_lora` keeps the LoRA in it, and says how near it comes.
+    """
+    with _converted(model, rank, adapter_name) as (roster, name, _):
+        tensors = {key: t.clone() for key, t in adapter_tensors(roster, name).items()}
+        config = roster.configs[name]
+        assert isinstance(config, LoraConfig)
+        return config, tensors
+
+
+def save_as_lora(
+    path: str | Path, model: nn.Module, rank: int | float, adapter_name: str = "default"
+) -> Approximation:
+    """Save the LoRA that comes nearest to an adapter in PEFT's files; return how near that is."""
+    with _converted(model, rank, adapter_name) as (roster, name, found):
+        base = model._base_fingerprint if isinstance(model, PeftModel) else None
+        save_adapter(roster, name, path, base=base)
+        return found
+
+
+@contextmanager
+def _converted(
+    model: nn.Module, rank: int | float, adapter_name: str
+) -> Iterator[tuple[Roster, str, Approximation]]:
+    """Have the LoRA in the model for a while, under a name that no adapter of it has."""
+    roster = roster_of(model)
+    name = next(n for n in (f"lora-{i}" for i in count()) if n not in roster.configs)
+    found = convert(roster, adapter_name, name, rank)
+    try:
+        yield roster, name, found
+    finally:
+        roster.remove(name)
+
+
+def extract_lora(
+    base: nn.Module,
+    tuned: nn.Module,
+    rank: int | float,
+    *,
+    target_modules: Sequence[str] | str = "all-linear",
+    adapter_name: str = "default",
+) -> tuple[PeftModel, Approximation]:
+    """Return `base`, changed in place, with the LoRA that makes it nearly `tuned`; and how nearly.
+
+    rank: a whole number, or as a float the share of each difference's squares to keep. What has
+    changed outside of target_modules is named in the second's `left_out`.
+    """
+    adapted = PeftModel(base)
+    found = extract(adapted.roster, tuned, adapter_name, rank, target_modules)
+    return adapted, found
 
 
 def _named_by(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:

@@ -22,6 +22,8 @@ from inlay.core.config import AdapterConfig
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
 from inlay.core.targeted import TargetedConfig
+from inlay.model.combine import Way, combine
+from inlay.model.convert import Approximation, convert
 from inlay.model.roster import Roster
 from inlay.surface.adapted import Adapted
 from inlay.surface.signature import DECODER, OTHER, SPANS, TEXT, forward_of, takes_anything
@@ -143,6 +145,39 @@ class PeftModel(nn.Module):
     def unload(self) -> nn.Module:
         """Return the base as it was, bit for bit and with its own `requires_grad`."""
         return self.roster.take_out(merged=False)
+
+    # -- combining
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add a LoRA combined of several; `inlay.model.combine` has the formulas.
+
+        combination_type: cat, svd, linear, magnitude_prune, ties, dare_linear, dare_ties, and the
+        last four with `_svd`. svd_rank: of what an SVD makes (default: the highest of the
+        adapters). svd_clamp: the quantile to which its factors are clamped. svd_full_matrices: as
+        in PEFT, but either way the same factors. density: the share of entries that pruning keeps.
+        """
+        del svd_full_matrices  # what the full form adds is cut off again
+        way = Way(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
+        combine(self.roster, adapters, weights, adapter_name, way)
+
+    def convert_to_lora(self, adapter_name: str, rank: int | float, new_name: str) -> Approximation:
+        """Add a LoRA that stands for an adapter of any method; return how near it comes.
+
+        rank: a whole number, or as a float the share of each update's squares to keep.
+        """
+        return convert(self.roster, adapter_name, new_name, rank)
 
     # -- merging
 
