@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inlay.core.config import PeftType, TaskType
     from inlay.core.errors import UserError
+    from inlay.methods.delora import DeloraConfig
+    from inlay.methods.gralora import GraloraConfig
     from inlay.methods.hira import HiraConfig
     from inlay.methods.lora import LoraConfig
     from inlay.methods.miss import MissConfig
     from inlay.methods.road import RoadConfig
+    from inlay.methods.shira import ShiraConfig
     from inlay.model.load import load_base
     from inlay.run import Run, train
     from inlay.surface.auto import (
@@ -59,6 +62,8 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "DeloraConfig",
+    "GraloraConfig",
     "HiraConfig",
     "LoraConfig",
     "MissConfig",
@@ -73,6 +78,7 @@ __all__ = [
     "PeftType",
     "RoadConfig",
     "Run",
+    "ShiraConfig",
     "TaskType",
     "UserError",
     "__version__",
@@ -91,10 +97,13 @@ __all__ = [
 _MODULES = {
     "inlay.core.config": ["PeftType", "TaskType"],
     "inlay.core.errors": ["UserError"],
+    "inlay.methods.delora": ["DeloraConfig"],
+    "inlay.methods.gralora": ["GraloraConfig"],
     "inlay.methods.hira": ["HiraConfig"],
     "inlay.methods.lora": ["LoraConfig"],
     "inlay.methods.miss": ["MissConfig"],
     "inlay.methods.road": ["RoadConfig"],
+    "inlay.methods.shira": ["ShiraConfig"],
     "inlay.model.load": ["load_base"],
     "inlay.run": ["Run"],
     "inlay.surface.auto": [name for name in __all__ if name.startswith("AutoPeftModel")],

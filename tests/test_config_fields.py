@@ -38,6 +38,22 @@ FIELDS = {
         layers_pattern layers_to_transform modules_to_save peft_type peft_version revision
         target_modules task_type variant
     """,
+    "inlay.methods.delora:DeloraConfig": """
+        auto_mapping base_model_name_or_path bias delora_lambda exclude_modules inference_mode
+        init_weights lambda_pattern layers_pattern layers_to_transform module_dropout
+        modules_to_save peft_type peft_version r rank_pattern revision target_modules task_type
+    """,
+    "inlay.methods.gralora:GraloraConfig": """
+        alpha auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out
+        gralora_dropout gralora_k hybrid_r inference_mode init_weights layers_pattern
+        layers_to_transform modules_to_save peft_type peft_version r revision target_modules
+        task_type
+    """,
+    "inlay.methods.shira:ShiraConfig": """
+        auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode
+        init_weights layers_pattern layers_to_transform mask_type modules_to_save peft_type
+        peft_version r random_seed revision target_modules task_type
+    """,
     "inlay.train.settings:TrainConfig": """
         adam_beta1 adam_beta2 adam_epsilon early_stopping_patience early_stopping_threshold
         eval_batch_size eval_steps gradient_accumulation_steps gradient_checkpointing learning_rate

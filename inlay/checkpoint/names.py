@@ -26,7 +26,7 @@ LISTED = 20
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor of a file lives: a parameter of an adapter, and its shape in the file."""
+    """Where one tensor of a file lives: a parameter or buffer of an adapter; its shape there."""
 
     adapter: Adapter
     parameter: str
@@ -34,21 +34,29 @@ class Slot:
     device: torch.device
 
     def get(self) -> Tensor:
-        """Return the parameter in the shape of the file, detached, sharing memory where it can."""
-        return self.adapter.get_parameter(self.parameter).detach().reshape(self.shape)
+        """Return the tensor in the shape of the file, detached, sharing memory where it can."""
+        owner, name = self._place()
+        held: Tensor = getattr(owner, name)
+        return held.detach().reshape(self.shape)
 
     def put(self, tensor: Tensor) -> None:
-        """Copy `tensor` into the parameter, giving it memory where it has none yet."""
-        old = self.adapter.get_parameter(self.parameter)
+        """Copy `tensor` into the parameter or buffer, giving it memory where it has none yet."""
+        owner, name = self._place()
+        old: Tensor = getattr(owner, name)
         value = tensor.to(old.dtype).reshape(old.shape)
         if not old.is_meta:
             old.data.copy_(value)
             return
-        *path, name = self.parameter.split(".")
-        owner = self.adapter.get_submodule(".".join(path))
         # cloned: a tensor that views the mapped file changes with it
-        new = nn.Parameter(value.to(self.device, copy=True), old.requires_grad)
-        owner.register_parameter(name, new)
+        own = value.to(self.device, copy=True)
+        if isinstance(old, nn.Parameter):
+            owner.register_parameter(name, nn.Parameter(own, old.requires_grad))
+        else:
+            owner.register_buffer(name, own)
+
+    def _place(self) -> tuple[nn.Module, str]:
+        path, _, name = self.parameter.rpartition(".")
+        return self.adapter.get_submodule(path), name
 
 
 def slots(roster: Roster, name: str) -> dict[str, Slot]:

@@ -33,7 +33,9 @@ TARGETS: dict[str, list[str]] = {
 }
 """model_type -> target_modules, of which those that the model has are meant."""
 
-TARGETS_OF: dict[str, dict[str, list[str]]] = {}
+TARGETS_OF: dict[str, dict[str, list[str]]] = {
+    "SHIRA": TARGETS | {"phi": ["q_proj", "v_proj"]},
+}
 """Method -> its own table of model_type -> target_modules; a method without one takes TARGETS."""
 
 HEADS: dict[str, list[str]] = {

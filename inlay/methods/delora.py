@@ -1,0 +1,128 @@
+"""DeLoRA: W + B diag(lambda / (r |a_k| |b_k|)) A diag(|w|)   (Bini et al., arXiv:2503.18225).
+
+A [R, I] with rows a_k, B [O, R] with columns b_k, lambda one number, |w| [I] the norms of W's
+columns as they were at the start.  Each rank's part has norm lambda / r, whatever A and B become:
+the direction is learned apart from the strength.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from typing import ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inlay.core.adapter import Delta, Method
+from inlay.core.base import Base
+from inlay.core.config import PeftType
+from inlay.core.numbers import check_dropout, check_finite, check_one_of, check_whole
+from inlay.core.targeted import TargetedConfig
+
+SHORTEST = 1e-4
+"""Norm below which a row or column is not lengthened any more; PEFT's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeloraConfig(TargetedConfig):
+    """DeLoRA's settings, under PEFT's names and with PEFT's defaults."""
+
+    method = PeftType.DELORA
+
+    r: int = 8
+    """Rank of the update."""
+    delora_lambda: float = 15
+    """Where the strength of the update starts."""
+    module_dropout: float = 0.0
+    """Probability of zeroing an input of the update in training."""
+    bias: Literal["none", "all", "delora_only"] = "none"
+    """Which biases train too: none, every one of the model, or those of the adapted layers."""
+    init_weights: bool = True
+    """True: A Kaiming-uniform, B zero. False: both random, for tests."""
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Rank of the modules whose path ends in the key (a regular expression), instead of r."""
+    lambda_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    """delora_lambda of the modules whose path ends in the key (a regular expression)."""
+
+    by_site: ClassVar[tuple[str, ...]] = ("rank_pattern", "lambda_pattern")
+
+    def __post_init__(self) -> None:
+        """Refuse ranks, strengths and switches that cannot be."""
+        super().__post_init__()
+        for name, rank in (("r", self.r), *self.rank_pattern.items()):
+            check_whole(name, rank)
+        for name, strength in (("delora_lambda", self.delora_lambda), *self.lambda_pattern.items()):
+            check_finite(name, strength)
+        check_dropout("module_dropout", self.module_dropout)
+        check_one_of("bias", self.bias, ("none", "all", "delora_only"))
+        check_one_of("init_weights", self.init_weights, (True, False))
+
+    def at(self, site: str) -> Self:
+        """Return the settings at `site`, its own rank and strength resolved."""
+        if not (self.rank_pattern or self.lambda_pattern):
+            return self
+        here = copy.copy(self)
+        for field, by_site in (("r", "rank_pattern"), ("delora_lambda", "lambda_pattern")):
+            value = self.site_keys(by_site).first(site, getattr(self, field))
+            object.__setattr__(here, field, value)
+        return here
+
+
+class Delora(Delta):
+    """The update of one layer."""
+
+    config: DeloraConfig
+    delora_w_norm: Tensor
+
+    def __init__(
+        self, config: DeloraConfig, base: Base, *, device: torch.device | None = None
+    ) -> None:
+        """Make A [R, I], B [O, R], lambda [1] and the norms [I], which do not train."""
+        super().__init__(config, base, device=device)
+        outputs, inputs = base.shape
+        self.delora_A = self.parameter(config.r, inputs)
+        self.delora_B = self.parameter(outputs, config.r)
+        self.delora_lambda = self.parameter(1)
+        self.register_buffer("delora_w_norm", torch.ones_like(self.delora_A[0]))
+
+    def reset(self, base: Base) -> None:
+        """Start from no update, and take the norms of the weight's columns."""
+        super().reset(base)
+        nn.init.kaiming_uniform_(self.delora_A, a=math.sqrt(5))
+        if self.config.init_weights:
+            nn.init.zeros_(self.delora_B)
+        else:
+            nn.init.kaiming_uniform_(self.delora_B, a=math.sqrt(5))
+        nn.init.constant_(self.delora_lambda, self.config.delora_lambda)
+        with torch.no_grad():
+            self.delora_w_norm.copy_(base.weight().to(self.delora_A.dtype).norm(dim=0))
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return B, scaled rank by rank, and A, scaled by the norms of the weight's columns."""
+        a, b = self.delora_A.to(dtype), self.delora_B.to(dtype)
+        lengths = a.norm(dim=1).clamp(min=SHORTEST) * b.norm(dim=0).clamp(min=SHORTEST)
+        scale = self.delora_lambda.to(dtype) / self.config.r / lengths
+        return b * scale, a * self.delora_w_norm.to(dtype)
+
+    def delta(self, dtype: torch.dtype) -> Tensor:
+        """Return the update [O, I]."""
+        b, a = self.factors(dtype)
+        return b @ a
+
+    def update(self, base: Base, x: Tensor) -> Tensor:
+        """Return B (A x), both scaled, never the product of the two."""
+        b, a = self.factors(self.delora_A.dtype)
+        if x.is_floating_point():
+            x = F.dropout(x.to(a.dtype), self.config.module_dropout, self.training)
+        return base.up(base.down(x, a), b)
+
+    def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return PEFT's names: the parameters', and that of the norms."""
+        norms = ("delora_w_norm", tuple(self.delora_w_norm.shape))
+        return {**super().keys(base), "delora_w_norm": norms}
+
+
+METHOD = Method(DeloraConfig, Delora)
