@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inlay.core.config import PeftType, TaskType
     from inlay.core.errors import UserError
+    from inlay.methods.adalora import AdaLoraConfig
     from inlay.methods.delora import DeloraConfig
     from inlay.methods.gralora import GraloraConfig
     from inlay.methods.hira import HiraConfig
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoraConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -97,6 +99,7 @@ __all__ = [
 _MODULES = {
     "inlay.core.config": ["PeftType", "TaskType"],
     "inlay.core.errors": ["UserError"],
+    "inlay.methods.adalora": ["AdaLoraConfig"],
     "inlay.methods.delora": ["DeloraConfig"],
     "inlay.methods.gralora": ["GraloraConfig"],
     "inlay.methods.hira": ["HiraConfig"],

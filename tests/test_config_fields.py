@@ -54,6 +54,12 @@ FIELDS = {
         init_weights layers_pattern layers_to_transform mask_type modules_to_save peft_type
         peft_version r random_seed revision target_modules task_type
     """,
+    "inlay.methods.adalora:AdaLoraConfig": """
+        auto_mapping base_model_name_or_path beta1 beta2 bias deltaT exclude_modules fan_in_fan_out
+        inference_mode init_lora_weights init_r layers_pattern layers_to_transform lora_alpha
+        lora_dropout modules_to_save orth_reg_weight peft_type peft_version r rank_pattern revision
+        target_modules target_r task_type tfinal tinit total_step
+    """,
     "inlay.train.settings:TrainConfig": """
         adam_beta1 adam_beta2 adam_epsilon early_stopping_patience early_stopping_threshold
         eval_batch_size eval_steps gradient_accumulation_steps gradient_checkpointing learning_rate

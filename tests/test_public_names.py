@@ -11,6 +11,7 @@ import pytest
 import inlay
 
 PUBLIC = {
+    "AdaLoraConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",

@@ -34,6 +34,15 @@ TARGETS: dict[str, list[str]] = {
 """model_type -> target_modules, of which those that the model has are meant."""
 
 TARGETS_OF: dict[str, dict[str, list[str]]] = {
+    # all that attention and the feed-forward part have, where PEFT's table does not say less
+    "ADALORA": TARGETS
+    | {kind: ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"] for kind in ("bart", "opt")}
+    | {
+        "t5": ["q", "k", "v", "o", "wi", "wo"],
+        "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
+        "roberta": ["query", "key", "value", "dense"],
+        "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
+    },
     "SHIRA": TARGETS | {"phi": ["q_proj", "v_proj"]},
 }
 """Method -> its own table of model_type -> target_modules; a method without one takes TARGETS."""
