@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from inlay.core.errors import UserError
     from inlay.methods.adalora import AdaLoraConfig
     from inlay.methods.delora import DeloraConfig
+    from inlay.methods.glora import GloraConfig
     from inlay.methods.gralora import GraloraConfig
     from inlay.methods.hira import HiraConfig
     from inlay.methods.lora import LoraConfig
     from inlay.methods.miss import MissConfig
+    from inlay.methods.peanut import PeanutConfig
     from inlay.methods.road import RoadConfig
     from inlay.methods.shira import ShiraConfig
     from inlay.model.load import load_base
@@ -65,10 +67,12 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "DeloraConfig",
+    "GloraConfig",
     "GraloraConfig",
     "HiraConfig",
     "LoraConfig",
     "MissConfig",
+    "PeanutConfig",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -101,10 +105,12 @@ _MODULES = {
     "inlay.core.errors": ["UserError"],
     "inlay.methods.adalora": ["AdaLoraConfig"],
     "inlay.methods.delora": ["DeloraConfig"],
+    "inlay.methods.glora": ["GloraConfig"],
     "inlay.methods.gralora": ["GraloraConfig"],
     "inlay.methods.hira": ["HiraConfig"],
     "inlay.methods.lora": ["LoraConfig"],
     "inlay.methods.miss": ["MissConfig"],
+    "inlay.methods.peanut": ["PeanutConfig"],
     "inlay.methods.road": ["RoadConfig"],
     "inlay.methods.shira": ["ShiraConfig"],
     "inlay.model.load": ["load_base"],

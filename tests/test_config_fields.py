@@ -60,6 +60,16 @@ FIELDS = {
         lora_dropout modules_to_save orth_reg_weight peft_type peft_version r rank_pattern revision
         target_modules target_r task_type tfinal tinit total_step
     """,
+    "inlay.methods.peanut:PeanutConfig": """
+        act_fn auto_mapping base_model_name_or_path depth exclude_modules inference_mode
+        init_weights layers_pattern layers_to_transform modules_to_save peft_type peft_version r
+        revision scaling target_modules task_type
+    """,
+    "inlay.methods.glora:GloraConfig": """
+        auto_mapping base_model_name_or_path config_A_B config_C config_D_E exclude_modules
+        inference_mode init_weights layers_pattern layers_to_transform modules_to_save peft_type
+        peft_version r revision target_modules task_type
+    """,
     "inlay.train.settings:TrainConfig": """
         adam_beta1 adam_beta2 adam_epsilon early_stopping_patience early_stopping_threshold
         eval_batch_size eval_steps gradient_accumulation_steps gradient_checkpointing learning_rate

@@ -20,6 +20,10 @@ class PeftType(enum.StrEnum):
     GRALORA = "GRALORA"
     SHIRA = "SHIRA"
     ADALORA = "ADALORA"
+    PSOFT = "PSOFT"
+    PEANUT = "PEANUT"
+    GLORA = "GLORA"
+    DEFT = "DEFT"
     FULL = "FULL"
 
 
