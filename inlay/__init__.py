@@ -15,13 +15,17 @@ if TYPE_CHECKING:
     from inlay.core.config import PeftType, TaskType
     from inlay.core.errors import UserError
     from inlay.methods.adalora import AdaLoraConfig
+    from inlay.methods.bitfit import BitfitConfig
     from inlay.methods.delora import DeloraConfig
     from inlay.methods.glora import GloraConfig
     from inlay.methods.gralora import GraloraConfig
     from inlay.methods.hira import HiraConfig
+    from inlay.methods.ia3 import IA3Config
+    from inlay.methods.ln_tuning import LNTuningConfig
     from inlay.methods.lora import LoraConfig
     from inlay.methods.miss import MissConfig
     from inlay.methods.peanut import PeanutConfig
+    from inlay.methods.psoft import PsoftConfig
     from inlay.methods.road import RoadConfig
     from inlay.methods.shira import ShiraConfig
     from inlay.model.load import load_base
@@ -66,10 +70,13 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BitfitConfig",
     "DeloraConfig",
     "GloraConfig",
     "GraloraConfig",
     "HiraConfig",
+    "IA3Config",
+    "LNTuningConfig",
     "LoraConfig",
     "MissConfig",
     "PeanutConfig",
@@ -82,6 +89,7 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PsoftConfig",
     "RoadConfig",
     "Run",
     "ShiraConfig",
@@ -104,13 +112,17 @@ _MODULES = {
     "inlay.core.config": ["PeftType", "TaskType"],
     "inlay.core.errors": ["UserError"],
     "inlay.methods.adalora": ["AdaLoraConfig"],
+    "inlay.methods.bitfit": ["BitfitConfig"],
     "inlay.methods.delora": ["DeloraConfig"],
     "inlay.methods.glora": ["GloraConfig"],
     "inlay.methods.gralora": ["GraloraConfig"],
     "inlay.methods.hira": ["HiraConfig"],
+    "inlay.methods.ia3": ["IA3Config"],
+    "inlay.methods.ln_tuning": ["LNTuningConfig"],
     "inlay.methods.lora": ["LoraConfig"],
     "inlay.methods.miss": ["MissConfig"],
     "inlay.methods.peanut": ["PeanutConfig"],
+    "inlay.methods.psoft": ["PsoftConfig"],
     "inlay.methods.road": ["RoadConfig"],
     "inlay.methods.shira": ["ShiraConfig"],
     "inlay.model.load": ["load_base"],

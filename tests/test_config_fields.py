@@ -70,6 +70,26 @@ FIELDS = {
         inference_mode init_weights layers_pattern layers_to_transform modules_to_save peft_type
         peft_version r revision target_modules task_type
     """,
+    "inlay.methods.psoft:PsoftConfig": """
+        ab_svd_init auto_mapping base_model_name_or_path cayley_neumann_eps exclude_modules
+        fan_in_fan_out inference_mode init_weights layers_pattern layers_to_transform
+        modules_to_save num_cayley_neumann_terms peft_type peft_version psoft_alpha psoft_dropout
+        psoft_mag_a psoft_mag_b psoft_orth psoft_svd psoft_svd_lowrank_niter r random_seed revision
+        target_modules task_type use_cayley_neumann
+    """,
+    "inlay.methods.ia3:IA3Config": """
+        auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out feedforward_modules
+        inference_mode init_ia3_weights layers_pattern layers_to_transform modules_to_save peft_type
+        peft_version revision target_modules task_type
+    """,
+    "inlay.methods.ln_tuning:LNTuningConfig": """
+        auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern
+        layers_to_transform modules_to_save peft_type peft_version revision target_modules task_type
+    """,
+    "inlay.methods.bitfit:BitfitConfig": """
+        auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern
+        layers_to_transform modules_to_save peft_type peft_version revision target_modules task_type
+    """,
     "inlay.train.settings:TrainConfig": """
         adam_beta1 adam_beta2 adam_epsilon early_stopping_patience early_stopping_threshold
         eval_batch_size eval_steps gradient_accumulation_steps gradient_checkpointing learning_rate

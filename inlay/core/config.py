@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from inlay.core.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class PeftType(enum.StrEnum):
@@ -24,6 +27,9 @@ class PeftType(enum.StrEnum):
     PEANUT = "PEANUT"
     GLORA = "GLORA"
     DEFT = "DEFT"
+    IA3 = "IA3"
+    LN_TUNING = "LN_TUNING"
+    BITFIT = "BITFIT"
     FULL = "FULL"
 
 
@@ -89,6 +95,11 @@ class AdapterConfig:
     def at(self, site: str) -> Self:
         """Return this configuration as it applies to the module path `site` (patterns resolved)."""
         del site
+        return self
+
+    def filled(self, model: nn.Module) -> Self:
+        """Return this configuration with what it leaves to `model` filled in, as files state it."""
+        del model
         return self
 
     def replace(self, **changes: Any) -> Self:
