@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from inlay.core.errors import UserError
     from inlay.methods.adalora import AdaLoraConfig
     from inlay.methods.bitfit import BitfitConfig
+    from inlay.methods.deft import DeftConfig
     from inlay.methods.delora import DeloraConfig
     from inlay.methods.glora import GloraConfig
     from inlay.methods.gralora import GraloraConfig
@@ -71,6 +72,7 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BitfitConfig",
+    "DeftConfig",
     "DeloraConfig",
     "GloraConfig",
     "GraloraConfig",
@@ -113,6 +115,7 @@ _MODULES = {
     "inlay.core.errors": ["UserError"],
     "inlay.methods.adalora": ["AdaLoraConfig"],
     "inlay.methods.bitfit": ["BitfitConfig"],
+    "inlay.methods.deft": ["DeftConfig"],
     "inlay.methods.delora": ["DeloraConfig"],
     "inlay.methods.glora": ["GloraConfig"],
     "inlay.methods.gralora": ["GraloraConfig"],

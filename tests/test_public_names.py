@@ -20,6 +20,7 @@ PUBLIC = {
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BitfitConfig",
+    "DeftConfig",
     "DeloraConfig",
     "GloraConfig",
     "GraloraConfig",
