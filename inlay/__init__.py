@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from inlay.methods.psoft import PsoftConfig
     from inlay.methods.road import RoadConfig
     from inlay.methods.shira import ShiraConfig
+    from inlay.methods.vera import VeraConfig
     from inlay.model.load import load_base
     from inlay.run import Run, train
     from inlay.surface.auto import (
@@ -97,6 +98,7 @@ __all__ = [
     "ShiraConfig",
     "TaskType",
     "UserError",
+    "VeraConfig",
     "__version__",
     "convert_to_lora",
     "extract_lora",
@@ -128,6 +130,7 @@ _MODULES = {
     "inlay.methods.psoft": ["PsoftConfig"],
     "inlay.methods.road": ["RoadConfig"],
     "inlay.methods.shira": ["ShiraConfig"],
+    "inlay.methods.vera": ["VeraConfig"],
     "inlay.model.load": ["load_base"],
     "inlay.run": ["Run"],
     "inlay.surface.auto": [name for name in __all__ if name.startswith("AutoPeftModel")],

@@ -96,6 +96,12 @@ FIELDS = {
         layers_to_transform modules_to_save para peft_type peft_version r revision target_modules
         task_type
     """,
+    "inlay.methods.vera:VeraConfig": """
+        auto_mapping base_model_name_or_path bias d_initial exclude_modules fan_in_fan_out
+        inference_mode init_weights layers_pattern layers_to_transform modules_to_save
+        peft_type peft_version projection_prng_key r revision save_projection target_modules
+        task_type vera_dropout
+    """,
     "inlay.train.settings:TrainConfig": """
         adam_beta1 adam_beta2 adam_epsilon early_stopping_patience early_stopping_threshold
         eval_batch_size eval_steps gradient_accumulation_steps gradient_checkpointing learning_rate

@@ -43,6 +43,7 @@ PUBLIC = {
     "RoadConfig",
     "Run",
     "ShiraConfig",
+    "VeraConfig",
     "TaskType",
     "UserError",
     "__version__",

@@ -30,6 +30,7 @@ class PeftType(enum.StrEnum):
     IA3 = "IA3"
     LN_TUNING = "LN_TUNING"
     BITFIT = "BITFIT"
+    VERA = "VERA"
     FULL = "FULL"
 
 

@@ -34,7 +34,7 @@ class TargetedConfig(AdapterConfig):
         """Bring sets and tuples of names into lists; refuse what is no name or has no meaning."""
         super().__post_init__()
         for field in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-            object.__setattr__(self, field, _listed(field, getattr(self, field)))
+            object.__setattr__(self, field, listed(field, getattr(self, field)))
         for field in self.by_site:
             value = getattr(self, field)
             if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
@@ -63,7 +63,8 @@ class TargetedConfig(AdapterConfig):
         return made[field]
 
 
-def _listed(field: str, value: Any) -> Any:
+def listed(field: str, value: Any) -> Any:
+    """Return a field of names as a list, a string or None as it is; UserError for what is none."""
     if isinstance(value, str) and field == "modules_to_save":
         return [value]
     if value is None or isinstance(value, str):

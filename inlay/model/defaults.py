@@ -43,6 +43,25 @@ TARGETS_OF: dict[str, dict[str, list[str]]] = {
         "roberta": ["query", "key", "value", "dense"],
         "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
     },
+    "IA3": {},  # its own file says which, for some are adapted otherwise than the rest
+    "LN_TUNING": {
+        kind: names.split()
+        for names, kinds in {
+            "input_layernorm post_attention_layernorm norm": (
+                "llama mistral mixtral olmo qwen2 qwen2_moe qwen3 qwen3_moe smollm3 stablelm"
+            ),
+            "input_layernorm post_attention_layernorm pre_feedforward_layernorm "
+            "post_feedforward_layernorm norm": "gemma2 gemma3 gemma3_text",
+            "input_layernorm post_attention_layernorm ln_f": "bloom falcon",
+            "layer_norm final_layer_norm": "t5 mt5 umt5",
+            "self_attn_layer_norm encoder_attn_layer_norm final_layer_norm": "bart opt",
+            "ln_1 ln_2 ln_f": "gpt2 gpt_bigcode",
+            "ln_1 ln_f": "gptj",
+            "LayerNorm": "bert roberta electra deberta-v2",
+        }.items()
+        for kind in kinds.split()
+    },
+    "VERA": TARGETS | {"phi": ["q_proj", "v_proj"]},
     "SHIRA": TARGETS | {"phi": ["q_proj", "v_proj"]},
 }
 """Method -> its own table of model_type -> target_modules; a method without one takes TARGETS."""

@@ -69,6 +69,7 @@ class Roster:
         if method.adapter is None:
             self._leave_trainable(name, config)
             return {}
+        config = config.filled(self.model)
         with patterns.budget():
             sites = targets.resolve(self.model, config, strict=strict)
             resolved = _resolved(config, sites, self.model)

@@ -88,8 +88,9 @@ def targets(model: nn.Module, config: TargetedConfig) -> Sequence[str] | str:
             f"no usual target_modules are known for model_type {kind!r}: name them, "
             "or say target_modules='all-linear'"
         )
-    last = {path.rpartition(".")[2] for path, _ in modules(model)}
-    return [name for name in usual[kind] if name in last] or usual[kind]
+    ends = tuple(f".{path}" for path, _ in modules(model))
+    present = [name for name in usual[kind] if any(end.endswith(f".{name}") for end in ends)]
+    return present or usual[kind]
 
 
 def trains_all_biases(config: TargetedConfig) -> bool:
