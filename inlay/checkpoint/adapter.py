@@ -17,6 +17,7 @@ from inlay.checkpoint.names import PREFIX, carried, compare, embeddings, slots
 from inlay.core.config import AdapterConfig
 from inlay.core.errors import UserError
 from inlay.core.targeted import TargetedConfig
+from inlay.model.convert import as_plain, is_drawn
 from inlay.model.roster import Roster
 
 FORMAT = "inlay-adapter-1"
@@ -39,15 +40,20 @@ def save_adapter(
     *,
     base: Mapping[str, Any] | None = None,
     extra: Mapping[str, bytes] | None = None,
+    as_plain_lora: bool = False,
 ) -> Path:
     """Write adapter `name` to `folder` and return it: a new folder appears whole or not at all.
 
     base: the fingerprint to save (default: that of the model now). extra: more files by name (a
-    tokenizer's).
+    tokenizer's). as_plain_lora: write a LoRA as one that has no start of its own, of twice the rank
+    where that was taken off the base; so is what no reader of the other form could find again.
     """
     from safetensors.torch import save
 
     roster.check(name)
+    if as_plain_lora or is_drawn(roster.configs[name]):
+        with as_plain(roster, name) as plain:
+            return save_adapter(roster, plain, folder, base=base, extra=extra)
     config = roster.configs[name]
     if not any(True for _ in roster.adapters(name)):
         raise UserError(
@@ -109,6 +115,13 @@ def load_adapter(
     settings = config or files.read_config(folder)
     if not isinstance(settings, TargetedConfig):
         raise UserError(f"{folder}: {settings.peft_type} holds nothing that could be loaded")
+    if is_drawn(settings):
+        raise UserError(
+            f"{folder} has init_lora_weights={getattr(settings, 'init_lora_weights', None)!r}: it "
+            "was trained on what a random search left of the base, which is not in the file. Where "
+            "it was trained, save it with path_initial_model_for_weight_conversion (PEFT), or "
+            "here with as_plain_lora"
+        )
     path = files.tensor_file(folder)
     shapes = files.read_shapes(path)
     if (folder / files.OURS).is_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -20,6 +21,7 @@ from inlay.core.config import PeftType
 from inlay.core.errors import UserError
 from inlay.core.targeted import TargetedConfig
 
+INITS = re.compile(r"gaussian|pissa|pissa_niter_\d{1,2}|olora|orthogonal")
 MOST_RANK = 65_536
 """Largest rank: beyond the width of any layer, a higher one only costs memory."""
 
@@ -42,9 +44,10 @@ class LoraConfig(TargetedConfig):
     """Which biases train too: none, every one of the model, or those of the adapted layers."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r), so that high ranks keep learning."""
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: bool | str = True
     """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. False: both
-    random, for tests."""
+    random, for tests. Computed from the layer's weight: "pissa", "pissa_niter_4" (or another number
+    of rounds), "olora", "orthogonal"."""
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     """Rank of the modules whose path ends in the key (a regular expression), instead of r."""
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -132,9 +135,17 @@ class LoraConfig(TargetedConfig):
                 raise UserError(f"{name}={alpha!r} is no scale: give a finite number")
         if self.bias not in ("none", "all", "lora_only"):
             raise UserError(f"bias={self.bias!r} is not one of none, all, lora_only")
-        if self.init_lora_weights not in (True, False, "gaussian"):
+        if not isinstance(self.init_lora_weights, bool) and not INITS.fullmatch(
+            str(self.init_lora_weights)
+        ):
             raise UserError(
-                f"init_lora_weights={self.init_lora_weights!r} is not one of true, false, gaussian"
+                f"init_lora_weights={self.init_lora_weights!r} is not one of true, false, "
+                "gaussian, pissa, pissa_niter_4, olora, orthogonal"
+            )
+        if "_niter_" in str(self.init_lora_weights) and self.bias != "none":
+            raise UserError(
+                f"bias={self.bias!r} has no place in the files of "
+                f"init_lora_weights={self.init_lora_weights!r}: take 'pissa' itself"
             )
 
     def at(self, site: str) -> Self:
@@ -148,15 +159,26 @@ class LoraConfig(TargetedConfig):
         return here
 
     @property
+    def start(self) -> str | None:
+        """The name of the start that is computed from the weight, where it is one of these."""
+        init = self.init_lora_weights
+        return init if isinstance(init, str) and init != "gaussian" else None
+
+    @property
     def scaling(self) -> float:
         """The factor of the update."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 class Lora(Delta):
-    """The update s B A of one layer."""
+    """The update s B A of one layer; where it has a start B_0 A_0 of the base's, s (B A - B_0 A_0).
+
+    Subtracting the start is the same as taking it off the base, which then need not change.
+    """
 
     config: LoraConfig
+    start_A: Tensor | None
+    start_B: Tensor | None
 
     def __init__(
         self, config: LoraConfig, base: Base, *, device: torch.device | None = None
@@ -166,6 +188,8 @@ class Lora(Delta):
         out_features, in_features = base.shape
         self.lora_A = self.parameter(config.r, in_features)
         self.lora_B = self.parameter(out_features, config.r)
+        self.register_buffer("start_A", None, persistent=False)
+        self.register_buffer("start_B", None, persistent=False)
 
     def reset(self, base: Base) -> None:
         """Make one factor random and the other zero: an untrained update changes nothing.
@@ -186,21 +210,32 @@ class Lora(Delta):
         nn.init.zeros_(b) if init else nn.init.kaiming_uniform_(b, a=math.sqrt(5))
 
     def delta(self, dtype: torch.dtype) -> Tensor:
-        """Return s B A [O, I]."""
-        return self.config.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+        """Return s B A [O, I], less the start."""
+        product = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
+        if self.start_A is not None and self.start_B is not None:
+            product = product - self.start_B.to(dtype) @ self.start_A.to(dtype)
+        return self.config.scaling * product
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Return s B [O, R] and A [R, I]."""
-        return self.config.scaling * self.lora_B.to(dtype), self.lora_A.to(dtype)
+        """Return s B [O, R] and A [R, I]; with a start, [s B, -s B_0] and [A; A_0]."""
+        b, a = self.lora_B.to(dtype), self.lora_A.to(dtype)
+        if self.start_A is not None and self.start_B is not None:
+            b = torch.cat([b, -self.start_B.to(dtype)], dim=1)
+            a = torch.cat([a, self.start_A.to(dtype)])
+        return self.config.scaling * b, a
 
     def update(self, base: Base, x: Tensor) -> Tensor:
-        """Return s B (A x), never the product of the two."""
+        """Return s B (A x), never the product of the two; less the start's, undropped."""
+        begun = None
         if x.is_floating_point():
             x = x.to(self.lora_A.dtype)
+            if self.start_A is not None and self.start_B is not None:
+                begun = base.up(base.down(x, self.start_A), self.start_B)
             if self.config.lora_dropout:  # at 0 torch would still draw a mask and keep it
                 x = F.dropout(x, self.config.lora_dropout, self.training)
         # scaled last, in PEFT's order: the same bits for the same adapter
-        return base.up(base.down(x, self.lora_A), self.lora_B) * self.config.scaling
+        out = base.up(base.down(x, self.lora_A), self.lora_B)
+        return (out if begun is None else out - begun) * self.config.scaling
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return PEFT's names; a convolution's factors are convolutions in the file."""

@@ -199,6 +199,12 @@ def _part(name: str, path: str, adapter: Adapter, weight: float) -> Part:
             f"adapter {name!r} is {what} at {path!r}, and only the factors of plain LoRAs can be "
             "combined: convert it first, convert_to_lora(name, rank, new_name)"
         )
+    if adapter.start_A is not None:
+        raise UserError(
+            f"adapter {name!r} has a start taken off the base (init_lora_weights="
+            f"{adapter.config.init_lora_weights!r}), so its factors alone are not its update: "
+            "convert it first, convert_to_lora(name, rank, new_name)"
+        )
     if adapter.bias is not None:
         raise UserError(
             f"adapter {name!r} trains biases ({path!r}), which no other adapter of the model may: "

@@ -6,8 +6,10 @@ out is |D - B A| / |D| (Frobenius), and over all sites the same of all their ent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from inlay.bases import view
 from inlay.core.adapter import Adapter, Bias, Copy, Delta, Reweight
 from inlay.core.base import Base
+from inlay.core.config import AdapterConfig
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
 from inlay.methods.lora import Lora, LoraConfig
@@ -132,6 +135,52 @@ def extract(
         raise UserError(f"the two models do not differ in target_modules={chosen!r}{only}")
     set_lora(roster, name, made.factors)
     return made.result(left)
+
+
+def is_drawn(config: AdapterConfig) -> bool:
+    """Return whether an adapter's start was drawn at random, so that no reader can find it."""
+    return "_niter_" in str(getattr(config, "start", None))
+
+
+@contextmanager
+def as_plain(roster: Roster, name: str) -> Iterator[str]:
+    """Have a LoRA `name` in the model for a while without its start; yield the name it has then.
+
+    s (B A - B_0 A_0) is the product of [s B, -s B_0] [O, 2R] and [A; A_0] [2R, I].
+    """
+    factors, copies = {}, {}
+    for path, _, adapter in roster.adapters(name):
+        thin = adapter.factors(torch.float32) if isinstance(adapter, Lora) else None
+        if thin is not None:
+            factors[path] = thin
+        elif isinstance(adapter, Copy):
+            copies[path] = adapter
+        else:
+            raise UserError(
+                f"adapter {name!r} is {type(adapter).__name__} at {path!r}, which is no product of "
+                "two factors: use save_as_lora(folder, model, rank)"
+            )
+        if getattr(adapter, "bias", None) is not None:
+            raise UserError(f"adapter {name!r} trains biases: only as it is can it be saved")
+    old, new = (
+        roster.configs[name],
+        next(n for n in (f"plain-{i}" for i in count()) if n not in roster.configs),
+    )
+    set_lora(
+        roster,
+        new,
+        factors,
+        copies=copies,
+        trainable=False,
+        modules_to_save=old.modules_to_save if copies else None,
+        task_type=old.task_type,
+        base_model_name_or_path=old.base_model_name_or_path,
+        revision=old.revision,
+    )
+    try:
+        yield new
+    finally:
+        roster.remove(new)
 
 
 class _Made:

@@ -23,6 +23,7 @@ from inlay.methods import method_of
 from inlay.model import targets
 from inlay.model.gradients import Gradients
 from inlay.model.places import Places, no_longer_tied, spelled_out
+from inlay.model.starts import begin
 
 
 class Roster:
@@ -117,6 +118,7 @@ class Roster:
         adapter = kind(config.at(path), base, device=device)
         if device is None:
             adapter.reset(base)
+        begin(adapter, base, fill=device is None)
         return adapter.train(module.training)
 
     def _host(self, places: Places, path: str) -> Inlaid:

@@ -222,6 +222,7 @@ class PeftModel(nn.Module):
         is_main_process: bool = True,
         tokenizer: Any = None,
         chat_template: str | None = None,
+        as_plain_lora: bool = False,
     ) -> None:
         """Write the adapters (default: all) in PEFT's files.
 
@@ -229,7 +230,8 @@ class PeftModel(nn.Module):
         are written with an adapter of theirs and after a change of the vocabulary ("auto").
         is_main_process: false writes nothing, where another process of the training does.
         tokenizer, chat_template: written beside them, so that the adapter is used with what it was
-        trained with.
+        trained with. as_plain_lora: write LoRAs with a start of the base's (PiSSA, OLoRA) as plain
+        ones of twice the rank, which any reader of PEFT's files can set into the base as it was.
         """
         if not safe_serialization:
             raise UserError(
@@ -248,7 +250,14 @@ class PeftModel(nn.Module):
         for name in chosen:
             place = Path(save_directory) if name == "default" else Path(save_directory) / name
             extra = tokenizer_files(tokenizer, chat_template)
-            save_adapter(self.roster, name, place, base=self._base_fingerprint, extra=extra)
+            save_adapter(
+                self.roster,
+                name,
+                place,
+                base=self._base_fingerprint,
+                extra=extra,
+                as_plain_lora=as_plain_lora,
+            )
 
     @classmethod
     def from_pretrained(

@@ -98,7 +98,7 @@ def test_a_site_takes_the_rank_and_alpha_of_the_first_pattern_that_names_it():
         ({"lora_alpha": "16"}, "lora_alpha='16' is no scale"),
         ({"alpha_pattern": {"q": math.inf}}, "q=inf is no scale"),
         ({"bias": "some"}, "bias='some' is not one of none, all, lora_only"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not one of"),
+        ({"init_lora_weights": "pizza"}, "init_lora_weights='pizza' is not one of"),
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"target_parameters": ["w"]}, "target_parameters=.* is not supported"),
     ],
