@@ -2,7 +2,7 @@
 
 Q and V come from one trained M [O, K]: "relu", Q = M and V = relu(M); "qr", Q = V = the orthogonal
 factor of M.  R [K, I], s = alpha / K or 1.  Said as an update it is Q (s R - V^T W).  para: no R,
-nothing is put back.  After PEFT's DEFT, of which the names are.
+nothing is put back.  Kumar et al., arXiv:2509.22793; M is PEFT's deft_P.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""RoAd: R W and R b; R turns pairs of outputs and scales them (Liao et al., arXiv:2409.00119).
+"""RoAd: R W and R b; R turns pairs of outputs and scales them (Liao and Monz, arXiv:2409.00119).
 
 The O outputs come in groups of g; output i of a group's first half is paired with output i of its
 second half:
