@@ -193,11 +193,10 @@ def _quantile(values: Tensor, share: float) -> float:
 
 
 def _part(name: str, path: str, adapter: Adapter, weight: float) -> Part:
-    if not isinstance(adapter, Lora) or adapter.factors(torch.float32) is None:
-        what = type(adapter).__name__ if not isinstance(adapter, Lora) else "no plain LoRA"
+    if not isinstance(adapter, Lora):
         raise UserError(
-            f"adapter {name!r} is {what} at {path!r}, and only the factors of plain LoRAs can be "
-            "combined: convert it first, convert_to_lora(name, rank, new_name)"
+            f"adapter {name!r} is {type(adapter).__name__} at {path!r}, and only the factors of "
+            "plain LoRAs can be combined: convert it first, convert_to_lora(name, rank, new_name)"
         )
     if adapter.start_A is not None:
         raise UserError(

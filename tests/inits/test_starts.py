@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import inlay
@@ -23,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
 ]
+FILE = "adapter_model.safetensors"
 FROM_THE_BASE = ["pissa", "pissa_niter_4", "olora"]
 ALL = [*FROM_THE_BASE, "orthogonal"]
 
@@ -180,10 +182,15 @@ def test_a_file_of_peft_goes_both_ways(init: str, tmp_path: Path) -> None:
     ours = inlay.PeftModel.from_pretrained(build(llama), tmp_path / "theirs")
     torch.testing.assert_close(output(ours), output(theirs), rtol=0, atol=1e-5)
     ours.save_pretrained(tmp_path / "ours")
+    before, after = (load_file(tmp_path / who / FILE) for who in ("theirs", "ours"))
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
     back = peft.PeftModel.from_pretrained(build(llama), tmp_path / "ours").eval()
     torch.testing.assert_close(output(back), output(theirs), rtol=0, atol=1e-5)
-    again = inlay.PeftModel.from_pretrained(build(llama), tmp_path / "ours")
-    torch.testing.assert_close(output(again), output(theirs), rtol=0, atol=1e-5)
+    wanted, found = theirs.merge_and_unload().state_dict(), ours.merge_and_unload().state_dict()
+    assert found.keys() == wanted.keys()
+    for key in wanted:
+        torch.testing.assert_close(found[key], wanted[key], rtol=0, atol=1e-5, msg=key)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

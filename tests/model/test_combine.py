@@ -210,6 +210,17 @@ def test_a_copy_that_one_adapter_holds_goes_along_and_two_are_refused() -> None:
     assert "other" not in model.peft_config
 
 
+@pytest.mark.parametrize("way", ["svd", "cat"])
+def test_what_is_no_plain_lora_is_refused_until_it_is_converted(way: str) -> None:
+    model = inlay.get_peft_model(Net(), config("up", "down"))
+    model.add_adapter("scales", inlay.IA3Config(target_modules=["up"], feedforward_modules=[]))
+    shake(model.roster, "scales")
+    names = ["default", "scales"]
+    with pytest.raises(UserError, match=r"'scales' is IA3, and only LoRAs.*convert it first"):
+        model.add_weighted_adapter(names, [1.0, 1.0], "sum", way)
+    assert list(model.peft_config) == names
+
+
 def head_base(model: Any) -> Any:
     return model.roster.hosts["head"].base
 
