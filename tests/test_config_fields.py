@@ -21,7 +21,7 @@ FIELDS = {
         alpha_pattern auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out
         inference_mode init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout
         modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision
-        target_modules task_type use_rslora
+        target_modules task_type use_dora use_rslora
     """,
     "inlay.methods.miss:MissConfig": """
         auto_mapping base_model_name_or_path bias exclude_modules inference_mode init_weights

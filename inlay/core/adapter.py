@@ -280,3 +280,9 @@ class Method:
 
     config: type[AdapterConfig]
     adapter: type[Adapter] | None
+    choose: Callable[[Any], type[Adapter]] | None = None
+    """What returns another adapter for some configurations, where the method has more than one."""
+
+    def of(self, config: AdapterConfig) -> type[Adapter] | None:
+        """Return the adapter that `config` means."""
+        return self.adapter if self.choose is None else self.choose(config)

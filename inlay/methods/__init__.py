@@ -13,8 +13,9 @@ from inlay.core.errors import UserError, nearest
 
 @cache
 def names() -> tuple[str, ...]:
-    """Return every method's name, in lower case."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
+    """Return every method's name, in lower case; a file `_x.py` is a part of one, not another."""
+    files = (m.name for m in pkgutil.iter_modules(__path__))
+    return tuple(sorted(name for name in files if not name.startswith("_")))
 
 
 def method(name: str) -> Method:

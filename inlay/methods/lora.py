@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.adapter import Delta, Method
+from inlay.core.adapter import Adapter, Delta, Method
 from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
@@ -44,6 +44,8 @@ class LoraConfig(TargetedConfig):
     """Which biases train too: none, every one of the model, or those of the adapted layers."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r), so that high ranks keep learning."""
+    use_dora: bool = False
+    """Learn the length of each row of the weight apart from its direction (DoRA)."""
     init_lora_weights: bool | str = True
     """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. False: both
     random, for tests. Computed from the layer's weight: "pissa", "pissa_niter_4" (or another number
@@ -67,8 +69,6 @@ class LoraConfig(TargetedConfig):
     """PEFT's field for the CorDA start."""
     lora_ga_config: dict[str, Any] | None = None
     """PEFT's field for the LoRA-GA start."""
-    use_dora: bool = False
-    """PEFT's switch for DoRA."""
     velora_config: dict[str, Any] | None = None
     """PEFT's field for VeLoRA."""
     alora_invocation_tokens: list[int] | None = None
@@ -100,7 +100,6 @@ class LoraConfig(TargetedConfig):
             "megatron_config",
             "megatron_core",
             "trainable_token_indices",
-            "use_dora",
             "velora_config",
             "alora_invocation_tokens",
             "use_qalora",
@@ -117,7 +116,7 @@ class LoraConfig(TargetedConfig):
             "lora_ga_config",
             "loftq_config",
         ),
-        "inlay has plain LoRA and rsLoRA so far; leave this field at its default",
+        "inlay has LoRA, rsLoRA and DoRA so far; leave this field at its default",
     )
 
     def __post_init__(self) -> None:
@@ -141,6 +140,11 @@ class LoraConfig(TargetedConfig):
             raise UserError(
                 f"init_lora_weights={self.init_lora_weights!r} is not one of true, false, "
                 "gaussian, pissa, pissa_niter_4, olora, orthogonal"
+            )
+        if self.use_dora and self.start is not None:
+            raise UserError(
+                f"use_dora goes with the plain starts, not with init_lora_weights="
+                f"{self.init_lora_weights!r}: leave one of them out"
             )
         if "_niter_" in str(self.init_lora_weights) and self.bias != "none":
             raise UserError(
@@ -216,7 +220,7 @@ class Lora(Delta):
             product = product - self.start_B.to(dtype) @ self.start_A.to(dtype)
         return self.config.scaling * product
 
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return s B [O, R] and A [R, I]; with a start, [s B, -s B_0] and [A; A_0]."""
         b, a = self.lora_B.to(dtype), self.lora_A.to(dtype)
         if self.start_A is not None and self.start_B is not None:
@@ -250,4 +254,15 @@ class Lora(Delta):
 
 
 NAMES = ("lora_A.weight", "lora_B.weight")
-METHOD = Method(LoraConfig, Lora)
+
+
+def _chosen(config: LoraConfig) -> type[Adapter]:
+    """Return what the configuration makes of LoRA."""
+    if not config.use_dora:
+        return Lora
+    from inlay.methods._dora import Dora  # which holds a Lora, so its file needs this one
+
+    return Dora
+
+
+METHOD = Method(LoraConfig, Lora, _chosen)

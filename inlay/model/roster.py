@@ -66,8 +66,8 @@ class Roster:
         the parameters without memory, for a loader to fill. The first adapter becomes active.
         """
         self.check_new(name, config)
-        method = method_of(config)
-        if method.adapter is None:
+        chosen = method_of(config).of(config)
+        if chosen is None:
             self._leave_trainable(name, config)
             return {}
         config = config.filled(self.model)
@@ -76,7 +76,7 @@ class Roster:
             resolved = _resolved(config, sites, self.model)
             places = Places(self.model)
             kinds: dict[str, type[Adapter]] = {
-                **dict.fromkeys(sites.adapted, method.adapter),
+                **dict.fromkeys(sites.adapted, chosen),
                 **dict.fromkeys(sites.saved, Copy),
                 **dict.fromkeys(sites.biased, Bias),
             }

@@ -121,9 +121,10 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 HOSTED = [name for name in names() if method(name).adapter is not None]
 MADE: dict[str, tuple[type[Adapter], Any]] = {
     **{
-        f"{name} {setting or ''}".strip(): (method(name).adapter, method(name).config(**setting))
+        f"{name} {setting or ''}".strip(): (method(name).of(config), config)
         for name in HOSTED
         for setting in SETTINGS.get(name, [{}])
+        for config in [method(name).config(**setting)]
     },
     "no more than a meaning": (Scale, LoraConfig()),
     "bias": (Bias, LoraConfig(bias="all")),

@@ -99,7 +99,7 @@ def test_a_site_takes_the_rank_and_alpha_of_the_first_pattern_that_names_it():
         ({"alpha_pattern": {"q": math.inf}}, "q=inf is no scale"),
         ({"bias": "some"}, "bias='some' is not one of none, all, lora_only"),
         ({"init_lora_weights": "pizza"}, "init_lora_weights='pizza' is not one of"),
-        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"use_dora": True, "init_lora_weights": "pissa"}, "use_dora goes with the plain starts"),
         ({"target_parameters": ["w"]}, "target_parameters=.* is not supported"),
     ],
 )
