@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from inlay.checkpoint import folder as files
 from inlay.checkpoint.fingerprint import check_same_base, fingerprint
-from inlay.checkpoint.names import PREFIX, carried, compare, embeddings, slots
+from inlay.checkpoint.names import PREFIX, ROOT, carried, compare, complete, embeddings, slots
 from inlay.core.config import AdapterConfig
 from inlay.core.errors import UserError
 from inlay.core.targeted import TargetedConfig
@@ -158,6 +158,7 @@ def add_with_tensors(
         changed = _changed(base, tensors, path, alone=first)
         for key, slot in wanted.items():
             slot.put(tensors[key])
+        complete(roster, name)
     except BaseException:
         if first:
             roster.take_out(merged=False)
@@ -175,7 +176,7 @@ def set_tensors(roster: Roster, name: str, tensors: Mapping[str, Tensor]) -> Non
     Strict: one UserError lists every missing, unexpected and misshaped tensor, with nothing copied.
     """
     roster.check(name)
-    full = {k if k.startswith(PREFIX) else PREFIX + k: t for k, t in tensors.items()}
+    full = {k if k.startswith(ROOT) else PREFIX + k: t for k, t in tensors.items()}
     shapes = {key: tuple(t.shape) for key, t in full.items()}
     wanted = slots(roster, name)
     base = _base_tensors(roster, shapes.keys() - wanted.keys(), shapes)

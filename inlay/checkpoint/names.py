@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from inlay.checkpoint.fingerprint import own_parameters
-from inlay.core.adapter import Adapter
+from inlay.core.adapter import Adapter, Shared
 from inlay.core.errors import UserError
 from inlay.model.roster import Roster
 from inlay.model.targets import modules, plain
 
-PREFIX = "base_model.model."
+ROOT = "base_model."
+"""What every key begins with; what all sites share stands right below it."""
+PREFIX = f"{ROOT}model."
 CARRIED = ("embed_tokens", "lm_head")
 """Layers whose base weight PEFT's files carry along where an adapter sits on them."""
 LISTED = 20
@@ -56,16 +58,33 @@ class Slot:
 
     def _place(self) -> tuple[nn.Module, str]:
         path, _, name = self.parameter.rpartition(".")
+        if path == Shared.lent_as:
+            return self.adapter._held[0], name
         return self.adapter.get_submodule(path), name
 
 
 def slots(roster: Roster, name: str) -> dict[str, Slot]:
     """Return what the file of adapter `name` holds: key -> slot."""
-    return {
-        f"{PREFIX}{path}.{key}": Slot(adapter, parameter, tuple(shape), host.base.device)
-        for path, host, adapter in roster.adapters(name)
-        for key, (parameter, shape) in adapter.keys(host.base).items()
-    }
+    found = {}
+    for path, host, adapter in roster.adapters(name):
+        for key, (parameter, shape) in adapter.keys(host.base).items():
+            found[f"{PREFIX}{path}.{key}"] = Slot(
+                adapter, parameter, tuple(shape), host.base.device
+            )
+        shared = adapter._modules.get(Shared.lent_as)
+        if isinstance(shared, Shared):
+            for key, (parameter, shape) in shared.keys().items():
+                where = f"{Shared.lent_as}.{parameter}"
+                found[ROOT + key] = Slot(adapter, where, tuple(shape), host.base.device)
+    return found
+
+
+def complete(roster: Roster, name: str) -> None:
+    """Make what the file of adapter `name` does not hold, now that its tensors are in place."""
+    for _, _, adapter in roster.adapters(name):
+        shared = adapter._modules.get(Shared.lent_as)
+        if isinstance(shared, Shared):
+            shared.complete()
 
 
 def carried(roster: Roster, name: str) -> dict[str, nn.Parameter]:

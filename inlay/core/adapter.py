@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -24,6 +24,25 @@ from inlay.core.base import Base, Kind, Layer, bare_copy
 from inlay.core.config import AdapterConfig
 
 
+class Shared(nn.Module):
+    """What all sites of one adapter hold in common: trained parameters, or frozen buffers.
+
+    It is a module of the first adapter that takes it (`owned` from then on), and of no other: so it
+    is moved, copied, counted and saved once.
+    """
+
+    owned = False
+    lent_as: ClassVar[str] = "common"
+    """Its name in the adapter that owns it."""
+
+    def keys(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return PEFT's file key under `base_model.` -> (name here, shape in the file)."""
+        return {}
+
+    def complete(self) -> None:
+        """Make what no file holds, once a file's tensors are in their places."""
+
+
 class Adapter(nn.Module, ABC):
     """A trainable part set into one layer."""
 
@@ -31,6 +50,7 @@ class Adapter(nn.Module, ABC):
     """The kinds of layer this method's mathematics holds for."""
     placed: ClassVar[int] = 0
     """How many parameters were ever put into adapters: when it moves, lists of them may be old."""
+    _held: tuple[Shared, ...] = ()
 
     def __init__(
         self, config: AdapterConfig, base: Base, *, device: torch.device | None = None
@@ -39,6 +59,25 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self.config = config
         self._device, self._dtype = device or base.device, base.adapter_dtype
+
+    @classmethod
+    def share(
+        cls, config: Any, bases: Sequence[Base], *, device: torch.device | None = None
+    ) -> Shared | None:
+        """Return what the sites on `bases` hold in common, made and initialized; most: None.
+
+        Where it is not None, `__init__` takes it as `shared`, and makes its own without.
+        """
+        del config, bases, device
+        return None
+
+    def hold(self, shared: Shared) -> None:
+        """Take `shared` to compute with; the first adapter that takes it owns it."""
+        # in a tuple, which registers nothing: a module of every site would be saved by each
+        self._held = (shared,)
+        if not shared.owned:
+            shared.owned = True
+            self.add_module(Shared.lent_as, shared)
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """Return an uninitialized parameter in the adapter's dtype and on its device."""
@@ -75,7 +114,11 @@ class Adapter(nn.Module, ABC):
         A file's tensor is the parameter reshaped: both hold the same numbers in the same order.
         """
         del base
-        return {name: (name, tuple(p.shape)) for name, p in self.named_parameters()}
+        return {
+            name: (name, tuple(p.shape))
+            for name, p in self.named_parameters()
+            if not name.startswith(f"{Shared.lent_as}.")
+        }
 
 
 class Reweight(Adapter):
@@ -151,9 +194,9 @@ class Delta(Reweight):
     def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return base(x) plus the update's share, in the dtype of base(x)."""
         below = base(x, *args, **kwargs)
-        return (below + self.share(base, x)).to(below.dtype)
+        return (below + self.change(base, x)).to(below.dtype)
 
-    def share(self, base: Base, x: Any) -> Tensor:
+    def change(self, base: Base, x: Any) -> Tensor:
         """Return all that the adapter adds to base(x): the update, and the bias's change."""
         out = self.update(base, x)
         if self.bias is None:
@@ -280,9 +323,3 @@ class Method:
 
     config: type[AdapterConfig]
     adapter: type[Adapter] | None
-    choose: Callable[[Any], type[Adapter]] | None = None
-    """What returns another adapter for some configurations, where the method has more than one."""
-
-    def of(self, config: AdapterConfig) -> type[Adapter] | None:
-        """Return the adapter that `config` means."""
-        return self.adapter if self.choose is None else self.choose(config)

@@ -154,7 +154,7 @@ class Inlaid(Host):
         """Run the base once for all rows, and each additive adapter on its own rows."""
         out: Tensor = self.base(x)
         for index, delta in deltas.values():
-            rows = out.index_select(0, index) + delta.share(self.base, x.index_select(0, index))
+            rows = out.index_select(0, index) + delta.change(self.base, x.index_select(0, index))
             out = out.index_copy(0, index, rows.to(out.dtype))
         return out
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from inlay.bases import view
 from inlay.core import patterns
-from inlay.core.adapter import Adapter, Bias, Copy
+from inlay.core.adapter import Adapter, Bias, Copy, Shared
+from inlay.core.base import Base
 from inlay.core.errors import UserError, nearest
 from inlay.core.inlaid import Inlaid
 from inlay.core.selection import BASE, Selection
@@ -66,7 +67,7 @@ class Roster:
         the parameters without memory, for a loader to fill. The first adapter becomes active.
         """
         self.check_new(name, config)
-        chosen = method_of(config).of(config)
+        chosen = method_of(config).adapter
         if chosen is None:
             self._leave_trainable(name, config)
             return {}
@@ -80,8 +81,21 @@ class Roster:
                 **dict.fromkeys(sites.saved, Copy),
                 **dict.fromkeys(sites.biased, Bias),
             }
+            bases = {
+                path: self._base(kind, path, places.modules[path]) for path, kind in kinds.items()
+            }
+            shared = None
+            if sites.adapted:
+                own = [bases[path] for path in sites.adapted]
+                shared = chosen.share(config, own, device=device)
             made = {
-                path: self._make(kind, config, path, places.modules[path], device)
+                path: self._make(
+                    kind,
+                    config.at(path),
+                    bases[path],
+                    device,
+                    shared if kind is chosen else None,
+                ).train(places.modules[path].training)
                 for path, kind in kinds.items()
             }
         if not self.configs:
@@ -95,14 +109,7 @@ class Roster:
         self._gradients.start(name, list(made.values()), on=trainable and self._is_active(name))
         return made
 
-    def _make(
-        self,
-        kind: type[Adapter],
-        config: TargetedConfig,
-        path: str,
-        module: nn.Module,
-        device: torch.device | None,
-    ) -> Adapter:
+    def _base(self, kind: type[Adapter], path: str, module: nn.Module) -> Base:
         if isinstance(module, Inlaid) and module.selection is not self.selection:
             raise UserError(
                 f"{path!r} holds adapters of another wrapper of this model: add to that one, "
@@ -115,11 +122,22 @@ class Roster:
                 f"{path!r} is a {type(targets.plain(module)).__name__}, to which {kind.__name__} "
                 f"cannot be set{why} (it takes {', '.join(sorted(kind.on))}); " + _way_out(kind)
             )
-        adapter = kind(config.at(path), base, device=device)
+        return base
+
+    @staticmethod
+    def _make(
+        kind: type[Adapter],
+        config: TargetedConfig,
+        base: Base,
+        device: torch.device | None,
+        shared: Shared | None,
+    ) -> Adapter:
+        common: dict[str, Any] = {} if shared is None else {"shared": shared}
+        adapter = kind(config, base, device=device, **common)
         if device is None:
             adapter.reset(base)
         begin(adapter, base, fill=device is None)
-        return adapter.train(module.training)
+        return adapter
 
     def _host(self, places: Places, path: str) -> Inlaid:
         module = places.modules[path]
