@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from inlay.methods.miss import MissConfig
     from inlay.methods.peanut import PeanutConfig
     from inlay.methods.psoft import PsoftConfig
+    from inlay.methods.randlora import RandLoraConfig
     from inlay.methods.road import RoadConfig
     from inlay.methods.shira import ShiraConfig
+    from inlay.methods.trainable_tokens import TrainableTokensConfig
     from inlay.methods.vera import VeraConfig
     from inlay.model.load import load_base
     from inlay.run import Run, train
@@ -93,10 +95,12 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PsoftConfig",
+    "RandLoraConfig",
     "RoadConfig",
     "Run",
     "ShiraConfig",
     "TaskType",
+    "TrainableTokensConfig",
     "UserError",
     "VeraConfig",
     "__version__",
@@ -130,7 +134,9 @@ _MODULES = {
     "inlay.methods.psoft": ["PsoftConfig"],
     "inlay.methods.road": ["RoadConfig"],
     "inlay.methods.shira": ["ShiraConfig"],
+    "inlay.methods.randlora": ["RandLoraConfig"],
     "inlay.methods.vera": ["VeraConfig"],
+    "inlay.methods.trainable_tokens": ["TrainableTokensConfig"],
     "inlay.model.load": ["load_base"],
     "inlay.run": ["Run"],
     "inlay.surface.auto": [name for name in __all__ if name.startswith("AutoPeftModel")],

@@ -102,6 +102,17 @@ FIELDS = {
         peft_type peft_version projection_prng_key r revision save_projection target_modules
         task_type vera_dropout
     """,
+    "inlay.methods.randlora:RandLoraConfig": """
+        auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out
+        inference_mode init_weights layers_pattern layers_to_transform modules_to_save
+        peft_type peft_version projection_prng_key r randlora_alpha randlora_dropout
+        revision save_projection sparse target_modules task_type very_sparse
+    """,
+    "inlay.methods.trainable_tokens:TrainableTokensConfig": """
+        auto_mapping base_model_name_or_path exclude_modules inference_mode init_weights
+        layers_pattern layers_to_transform modules_to_save peft_type peft_version revision
+        target_modules task_type token_indices
+    """,
     "inlay.train.settings:TrainConfig": """
         adam_beta1 adam_beta2 adam_epsilon early_stopping_patience early_stopping_threshold
         eval_batch_size eval_steps gradient_accumulation_steps gradient_checkpointing learning_rate

@@ -93,10 +93,12 @@ def carried(roster: Roster, name: str) -> dict[str, nn.Parameter]:
     As PEFT does: where the adapter sits on them, and where the vocabulary was resized.
     """
     resized = is_resized(roster.model)
-    held = {path for path, _, _ in roster.adapters(name)}
+    held = {path: adapter for path, _, adapter in roster.adapters(name)}
     found = {}
     for path, weight in embeddings(roster.model).items():
         if path in held and path.rpartition(".")[2] in CARRIED:
+            if not held[path].carries and not resized:
+                continue
             found[f"{PREFIX}{path}.base_layer.weight"] = weight
         elif path not in held and resized:
             found[f"{PREFIX}{path}.weight"] = weight

@@ -48,6 +48,8 @@ class Adapter(nn.Module, ABC):
 
     on: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv", "embedding", "norm", "module"})
     """The kinds of layer this method's mathematics holds for."""
+    carries: ClassVar[bool] = True
+    """Whether a file of this method holds the whole embedding below it too, as PEFT's mostly do."""
     placed: ClassVar[int] = 0
     """How many parameters were ever put into adapters: when it moves, lists of them may be old."""
     _held: tuple[Shared, ...] = ()
@@ -323,3 +325,9 @@ class Method:
 
     config: type[AdapterConfig]
     adapter: type[Adapter] | None
+    choose: Callable[[Any], type[Adapter]] | None = None
+    """What returns another adapter for some configurations, where the method has more than one."""
+
+    def of(self, config: AdapterConfig) -> type[Adapter] | None:
+        """Return the adapter that `config` means."""
+        return self.adapter if self.choose is None else self.choose(config)

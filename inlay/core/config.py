@@ -31,6 +31,8 @@ class PeftType(enum.StrEnum):
     LN_TUNING = "LN_TUNING"
     BITFIT = "BITFIT"
     VERA = "VERA"
+    RANDLORA = "RANDLORA"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
     FULL = "FULL"
 
 

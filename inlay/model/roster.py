@@ -67,7 +67,7 @@ class Roster:
         the parameters without memory, for a loader to fill. The first adapter becomes active.
         """
         self.check_new(name, config)
-        chosen = method_of(config).adapter
+        chosen = method_of(config).of(config)
         if chosen is None:
             self._leave_trainable(name, config)
             return {}

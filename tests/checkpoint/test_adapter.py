@@ -271,7 +271,7 @@ BROKEN = {
     '{"peft_type": "LORA", "lora_alpha": [1]}': r"lora_alpha=\[1\] does not fit",
     '{"peft_type": "LORA", "target_modules": {"a": 1}}': "target_modules={'a': 1}",
     '{"peft_type": "LORA", "use_telepathy": true}': "use_telepathy=True, which this version",
-    '{"peft_type": "LORA", "use_dora": true}': "use_dora=True is not supported",
+    '{"peft_type": "LORA", "use_qalora": true}': "use_qalora=True is not supported",
     '{"a": ' + "[" * 50_000 + "]" * 50_000 + "}": "cannot be read|is missing|no peft_type",
     " " * (5 << 20): "are the limit",
 }

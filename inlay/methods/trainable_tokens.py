@@ -1,0 +1,121 @@
+"""Trainable tokens: the rows T of some tokens in place of the embedding's.   T [N, dim].
+
+Of W [dim, vocab] the columns of the N tokens are exchanged; of an output head [vocab, dim], where
+one is named, its rows.  For words that are new to a model: all else in it stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import suppress
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.adapter import Method, Reweight
+from inlay.core.base import Base
+from inlay.core.config import PeftType
+from inlay.core.errors import UserError
+from inlay.core.numbers import check_one_of, check_whole
+from inlay.core.targeted import TargetedConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainableTokensConfig(TargetedConfig):
+    """Trainable tokens' settings, under PEFT's names and with PEFT's defaults."""
+
+    method = PeftType.TRAINABLE_TOKENS
+
+    token_indices: list[int] = dataclasses.field(default_factory=list)
+    """Ids of the tokens to train."""
+    init_weights: bool = True
+    """True: they start as they are in the base. False: random, for tests."""
+
+    unwritten: ClassVar[tuple[str, ...]] = (
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse ids that cannot be, and one given twice."""
+        super().__post_init__()
+        check_one_of("init_weights", self.init_weights, (True, False))
+        if not isinstance(self.token_indices, list | tuple):
+            raise UserError(
+                f"token_indices={self.token_indices!r:.200} must be a list of token ids"
+            )
+        for token in self.token_indices:
+            check_whole("token_indices", token, least=0, most=2**31 - 1)
+        if len(set(self.token_indices)) < len(self.token_indices):
+            raise UserError(f"token_indices={self.token_indices!r:.200} names a token twice")
+        object.__setattr__(self, "token_indices", list(self.token_indices))
+
+    def filled(self, model: nn.Module) -> Self:
+        """Return the settings with the model's input embedding, where no module is named."""
+        ends: dict[str, nn.Module | None] = {"input": None, "output": None}
+        for end in ends:
+            with suppress(AttributeError, NotImplementedError):  # not every model has one of each
+                ends[end] = getattr(model, f"get_{end}_embeddings")()
+        first, last = (getattr(module, "weight", None) for module in ends.values())
+        if first is not None and first is last:
+            raise UserError(
+                "the head of this model is tied to its embedding, so the tokens' rows would have "
+                "to change in both, which is not supported: train with LoRA, or untie them"
+            )
+        if self.target_modules is not None:
+            return self
+        paths = (path for path, module in model.named_modules() if module is ends["input"])
+        return self.replace(target_modules=next(paths, "embed_tokens"))
+
+
+class TrainableTokens(Reweight):
+    """The rows of the trained tokens in one embedding, or head."""
+
+    on = frozenset({"embedding", "linear"})
+    carries = False
+    config: TrainableTokensConfig
+    index: Tensor
+
+    def __init__(
+        self, config: TrainableTokensConfig, base: Base, *, device: torch.device | None = None
+    ) -> None:
+        """Make T [N, dim]; UserError where there is no token, or one that the layer has not."""
+        super().__init__(config, base, device=device)
+        tokens, (outputs, inputs) = config.token_indices, base.shape
+        self._axis = 1 if base.kind == "embedding" else 0
+        vocabulary, width = (inputs, outputs) if self._axis else (outputs, inputs)
+        if not tokens:
+            raise UserError("token_indices is empty: name the ids of the tokens to train")
+        if max(tokens) >= vocabulary:
+            raise UserError(
+                f"token_indices names {max(tokens)}, and the layer has the ids 0 to "
+                f"{vocabulary - 1}: call resize_token_embeddings first, or leave it out"
+            )
+        self.trainable_tokens_delta = self.parameter(len(tokens), width)
+        # also where the parameters have no memory yet: no file holds it
+        index = torch.tensor(tokens, device=base.device)
+        self.register_buffer("index", index, persistent=False)
+
+    def reset(self, base: Base) -> None:
+        """Start from the base's rows."""
+        with torch.no_grad():
+            if self.config.init_weights:
+                rows = base.weight().index_select(self._axis, self.index)
+                self.trainable_tokens_delta.copy_(rows.T if self._axis else rows)
+            else:
+                nn.init.normal_(self.trainable_tokens_delta)
+
+    def reweight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return W with the tokens' columns (rows in a head) exchanged, and the bias."""
+        rows = self.trainable_tokens_delta.to(weight.dtype)
+        return weight.index_copy(self._axis, self.index, rows.T if self._axis else rows), bias
+
+    def rebias(self, base: Base) -> Tensor | None:
+        """Return the bias as it is."""
+        return base.bias()
+
+
+METHOD = Method(TrainableTokensConfig, TrainableTokens)
