@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from inlay.core.config import PeftType, TaskType
     from inlay.core.errors import UserError
     from inlay.methods.adalora import AdaLoraConfig
+    from inlay.methods.beft import BeftConfig
     from inlay.methods.bitfit import BitfitConfig
     from inlay.methods.deft import DeftConfig
     from inlay.methods.delora import DeloraConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from inlay.methods.miss import MissConfig
     from inlay.methods.peanut import PeanutConfig
     from inlay.methods.psoft import PsoftConfig
+    from inlay.methods.pvera import PveraConfig
     from inlay.methods.randlora import RandLoraConfig
     from inlay.methods.road import RoadConfig
     from inlay.methods.shira import ShiraConfig
@@ -74,6 +76,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BeftConfig",
     "BitfitConfig",
     "DeftConfig",
     "DeloraConfig",
@@ -95,6 +98,7 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PsoftConfig",
+    "PveraConfig",
     "RandLoraConfig",
     "RoadConfig",
     "Run",
@@ -120,6 +124,7 @@ _MODULES = {
     "inlay.core.config": ["PeftType", "TaskType"],
     "inlay.core.errors": ["UserError"],
     "inlay.methods.adalora": ["AdaLoraConfig"],
+    "inlay.methods.beft": ["BeftConfig"],
     "inlay.methods.bitfit": ["BitfitConfig"],
     "inlay.methods.deft": ["DeftConfig"],
     "inlay.methods.delora": ["DeloraConfig"],
@@ -134,6 +139,7 @@ _MODULES = {
     "inlay.methods.psoft": ["PsoftConfig"],
     "inlay.methods.road": ["RoadConfig"],
     "inlay.methods.shira": ["ShiraConfig"],
+    "inlay.methods.pvera": ["PveraConfig"],
     "inlay.methods.randlora": ["RandLoraConfig"],
     "inlay.methods.vera": ["VeraConfig"],
     "inlay.methods.trainable_tokens": ["TrainableTokensConfig"],

@@ -29,10 +29,12 @@ class PeftType(enum.StrEnum):
     DEFT = "DEFT"
     IA3 = "IA3"
     LN_TUNING = "LN_TUNING"
+    BEFT = "BEFT"
     BITFIT = "BITFIT"
     VERA = "VERA"
     RANDLORA = "RANDLORA"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    PVERA = "PVERA"
     FULL = "FULL"
 
 

@@ -43,6 +43,19 @@ TARGETS_OF: dict[str, dict[str, list[str]]] = {
         "roberta": ["query", "key", "value", "dense"],
         "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
     },
+    "BEFT": {
+        kind: names.split()
+        for names, kinds in {
+            "v_proj": (
+                "opt gptj gpt_neo bart llama llama4 mistral mixtral phi gemma gemma2 gemma3_text "
+                "qwen2 qwen3"
+            ),
+            "value": "bert roberta",
+            "value_proj": "deberta-v2",
+            "v": "t5 mt5",
+        }.items()
+        for kind in kinds.split()
+    },
     "IA3": {},  # its own file says which, for some are adapted otherwise than the rest
     "LN_TUNING": {
         kind: names.split()
@@ -62,6 +75,7 @@ TARGETS_OF: dict[str, dict[str, list[str]]] = {
         for kind in kinds.split()
     },
     "VERA": TARGETS | {"phi": ["q_proj", "v_proj"]},
+    "PVERA": TARGETS | {"phi": ["q_proj", "v_proj"], "dinov2": ["query", "value"]},
     "SHIRA": TARGETS | {"phi": ["q_proj", "v_proj"]},
 }
 """Method -> its own table of model_type -> target_modules; a method without one takes TARGETS."""

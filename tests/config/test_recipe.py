@@ -88,7 +88,7 @@ def test_a_wrong_type_names_key_value_and_what_is_expected(recipe, text, told):
         ("data:\n  eval_fraction: 2\n", ["data.eval_fraction=2", "recipe.yaml:2"]),
         ("evaluate:\n  answers: -1\n", ["evaluate.answers", "0 or more", "recipe.yaml:2"]),
         ("adapter: qlora\n", ["'qlora'", "lora"]),
-        ("adapter: {use_dora: true}\n", ["use_dora=True", "not supported"]),
+        ("adapter: {use_qalora: true}\n", ["use_qalora=True", "not supported"]),
         ("objective: sfd\n", ["'sfd'", "Did you mean 'sft'?"]),
         ("objective: {packing: true}\n", ["'objective.packing'", "'train.packing'"]),
         ("quantize: nf4\n", ["nf4", "not there yet", "recipe.yaml:1"]),
