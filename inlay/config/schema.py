@@ -166,7 +166,10 @@ def recipe_defaults(method: str) -> dict[str, Any]:
     from inlay.methods import method as find
 
     found = {"task_type": "CAUSAL_LM"}
-    return found if find(method).adapter is None else found | {"target_modules": "all-linear"}
+    known = find(method)
+    if known.adapter is None or not getattr(known.config, "everywhere", True):
+        return found
+    return found | {"target_modules": "all-linear"}
 
 
 def objective_class(name: str) -> Any:

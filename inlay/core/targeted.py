@@ -27,6 +27,8 @@ class TargetedConfig(AdapterConfig):
     modules_to_save: list[str] | None = None
     """Names of modules of which a full copy is trained and saved with the adapter (a head)."""
 
+    everywhere: ClassVar[bool] = True
+    """Whether a recipe that names no modules means every linear layer; else the usual ones."""
     by_site: ClassVar[tuple[str, ...]] = ()
     """Fields that map patterns of module paths to values."""
 

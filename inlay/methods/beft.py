@@ -27,6 +27,7 @@ class BeftConfig(TargetedConfig):
     init_weights: bool = True
     """True: the vectors start at 0. False: random, for tests."""
 
+    everywhere: ClassVar[bool] = False
     unwritten: ClassVar[tuple[str, ...]] = (
         "exclude_modules",
         "layers_to_transform",

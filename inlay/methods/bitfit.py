@@ -7,7 +7,7 @@ A model without biases (Llama) has nothing to train here.  PEFT has no such meth
 from __future__ import annotations
 
 import dataclasses
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ class BitfitConfig(TargetedConfig):
     """BitFit's settings: the target_modules, or nothing for every layer that has a bias."""
 
     method = PeftType.BITFIT
+
+    everywhere: ClassVar[bool] = False
 
     def filled(self, model: nn.Module) -> Self:
         """Return the settings with every layer that has a bias, where none is named."""

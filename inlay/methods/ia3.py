@@ -54,6 +54,7 @@ class IA3Config(TargetedConfig):
     init_ia3_weights: bool = True
     """True: every scale starts at 1. False: random, for tests."""
 
+    everywhere: ClassVar[bool] = False
     feeds: ClassVar[bool] = False
     """Whether these settings are those of a site of the feed-forward part."""
     unwritten: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern")

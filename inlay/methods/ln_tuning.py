@@ -23,6 +23,7 @@ class LNTuningConfig(TargetedConfig):
 
     method = PeftType.LN_TUNING
 
+    everywhere: ClassVar[bool] = False
     unwritten: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern")
 
 

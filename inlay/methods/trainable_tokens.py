@@ -32,6 +32,7 @@ class TrainableTokensConfig(TargetedConfig):
     init_weights: bool = True
     """True: they start as they are in the base. False: random, for tests."""
 
+    everywhere: ClassVar[bool] = False
     unwritten: ClassVar[tuple[str, ...]] = (
         "exclude_modules",
         "layers_to_transform",
