@@ -120,9 +120,9 @@ FIELDS = {
     """,
     "inlay.methods.pvera:PveraConfig": """
         auto_mapping base_model_name_or_path bias d_initial exclude_modules fan_in_fan_out
-        generator_seed inference_mode init_weights layers_pattern layers_to_transform
-        modules_to_save peft_type peft_version projection_prng_key pvera_dropout r revision
-        sample_at_inference save_projection target_modules task_type
+        inference_mode init_weights layers_pattern layers_to_transform modules_to_save peft_type
+        peft_version projection_prng_key pvera_dropout r revision save_projection target_modules
+        task_type
     """,
     "inlay.train.settings:TrainConfig": """
         adam_beta1 adam_beta2 adam_epsilon early_stopping_patience early_stopping_threshold

@@ -78,11 +78,13 @@ def test_what_a_file_does_not_hold_is_drawn_again(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_the_draws_are_pefts_to_the_bit() -> None:
+@pytest.mark.parametrize("method", ["Vera", "RandLora"])
+def test_the_draws_are_pefts_to_the_bit(method: str) -> None:
     peft = pytest.importorskip("peft")
-    theirs = peft.get_peft_model(build(llama), peft.VeraConfig(**SETTINGS, projection_prng_key=9))
-    ours = adapted(projection_prng_key=9)
-    for name in ("vera_A", "vera_B"):
+    settings = {**SETTINGS, "projection_prng_key": 9}
+    theirs = peft.get_peft_model(build(llama), getattr(peft, f"{method}Config")(**settings))
+    ours = inlay.get_peft_model(build(llama), getattr(inlay, f"{method}Config")(**settings))
+    for name in (f"{method.lower()}_A", f"{method.lower()}_B"):
         drawn = getattr(theirs.base_model, name)["default"]
         (found,) = [b for n, b in ours.named_buffers() if n.endswith(name)]
-        assert torch.equal(found, drawn)
+        assert torch.equal(found, drawn.float())
