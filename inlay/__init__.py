@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from inlay.methods.adalora import AdaLoraConfig
     from inlay.methods.beft import BeftConfig
     from inlay.methods.bitfit import BitfitConfig
+    from inlay.methods.bottleneck import BottleneckConfig
     from inlay.methods.deft import DeftConfig
     from inlay.methods.delora import DeloraConfig
     from inlay.methods.glora import GloraConfig
@@ -78,6 +79,7 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "BeftConfig",
     "BitfitConfig",
+    "BottleneckConfig",
     "DeftConfig",
     "DeloraConfig",
     "GloraConfig",
@@ -123,6 +125,7 @@ __all__ = [
 _MODULES = {
     "inlay.core.config": ["PeftType", "TaskType"],
     "inlay.core.errors": ["UserError"],
+    "inlay.methods.bottleneck": ["BottleneckConfig"],
     "inlay.methods.adalora": ["AdaLoraConfig"],
     "inlay.methods.beft": ["BeftConfig"],
     "inlay.methods.bitfit": ["BitfitConfig"],

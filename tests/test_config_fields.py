@@ -17,6 +17,11 @@ FIELDS = {
         chat_template chat_template_kwargs eval_fraction eval_path format limit max_length name
         overlong path revision split train_on
     """,
+    "inlay.methods.bottleneck:BottleneckConfig": """
+        auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern
+        layers_to_transform modules_to_save non_linearity peft_type peft_version reduction_factor
+        revision scaling style target_modules task_type
+    """,
     "inlay.methods.lora:LoraConfig": """
         alpha_pattern auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out
         inference_mode init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout

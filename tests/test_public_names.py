@@ -20,6 +20,7 @@ PUBLIC = {
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BeftConfig",
+    "BottleneckConfig",
     "BitfitConfig",
     "DeftConfig",
     "DeloraConfig",

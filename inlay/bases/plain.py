@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from inlay.core.base import Layer, store
+from inlay.core.errors import UserError
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes in which a weight is what it says; narrower floats come with scales kept elsewhere."""
@@ -241,6 +242,22 @@ class Opaque(Layer):
         """Return True: this is what remains."""
         del module
         return True
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """The widths (O, I) of the last and of the first matrix in the module."""
+        found = [
+            kind(module).shape
+            for module in self.module.modules()
+            for kind in (Linear, Conv1D)
+            if kind.accepts(module)
+        ]
+        if not found:
+            raise UserError(
+                f"{type(self.module).__name__} holds no linear layer, so how wide it is cannot be "
+                "told: leave it out of target_modules, or name the layers in it"
+            )
+        return found[-1][0], found[0][1]
 
     @property
     def reason(self) -> str:

@@ -52,6 +52,14 @@ class Base(ABC):
     def spread(self, vector: Tensor) -> Tensor:
         """Return `vector` [O], shaped to broadcast over the output; TypeError where none does."""
 
+    @property
+    def features(self) -> tuple[int, int]:
+        """The widths (O, I) of output and input; a block of layers has them too.
+
+        UserError where they cannot be told.
+        """
+        return self.shape
+
     def file_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A and B of rank r in PEFT's files: matrices, but for a conv."""
         out_features, in_features = self.shape

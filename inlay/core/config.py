@@ -36,6 +36,7 @@ class PeftType(enum.StrEnum):
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
     PVERA = "PVERA"
     FULL = "FULL"
+    BOTTLENECK = "BOTTLENECK"
 
 
 class TaskType(enum.StrEnum):

@@ -28,6 +28,11 @@ class Adapted(Base):
         """The shape of the layer at the bottom."""
         return self.below.shape
 
+    @property
+    def features(self) -> tuple[int, int]:
+        """The widths of the layer at the bottom."""
+        return self.below.features
+
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what the adapter computes over what lies below."""
         return self.adapter(self.below, x, *args, **kwargs)
@@ -174,12 +179,17 @@ class Inlaid(Host):
             if check and top is not None:
                 self._finite(names, *top.parameters())
             return
+        for name in names:
+            if name in self.adapters and not isinstance(self.adapters[name], Reweight):
+                raise TypeError(
+                    f"{name!r} is a {type(self.adapters[name]).__name__}, which no weight can say, "
+                    "so it cannot be merged: save and load it beside its base"
+                )
         weight, bias = self.base.weight(), self.base.bias()
         narrow, wide = weight.dtype, torch.promote_types(weight.dtype, torch.float32)
         weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
         for adapter in adapters:
-            if not isinstance(adapter, Reweight):
-                raise TypeError(f"{type(adapter).__name__} cannot be merged: no weight can say it")
+            assert isinstance(adapter, Reweight)
             weight, bias = adapter.reweight(weight, bias)
         if check:
             self._finite(names, weight.to(narrow), bias if bias is None else bias.to(narrow))

@@ -29,6 +29,12 @@ class TargetedConfig(AdapterConfig):
 
     everywhere: ClassVar[bool] = True
     """Whether a recipe that names no modules means every linear layer; else the usual ones."""
+
+    @property
+    def usual(self) -> str:
+        """The table of usual target_modules that is this configuration's: its method's."""
+        return self.method
+
     by_site: ClassVar[tuple[str, ...]] = ()
     """Fields that map patterns of module paths to values."""
 

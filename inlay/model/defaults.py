@@ -5,6 +5,8 @@ PEFT's choice where it has one: the query and value projections of attention.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 _BY_NAMES: dict[str, str] = {
     "q_proj v_proj": (
         "bart gemma gemma2 gemma3 gemma3_text gpt_neo gptj llama llama4 mistral mixtral olmo olmo2 "
@@ -33,7 +35,26 @@ TARGETS: dict[str, list[str]] = {
 }
 """model_type -> target_modules, of which those that the model has are meant."""
 
-TARGETS_OF: dict[str, dict[str, list[str]]] = {
+_GATED = (
+    "llama llama4 mistral qwen2 qwen3 gemma gemma2 gemma3 gemma3_text olmo olmo2 smollm3 stablelm "
+    "cohere cohere2 granite"
+)
+_BOTTLENECKS: dict[str, tuple[str, str, str]] = {
+    # the layers that attention and MLP end with, before the residual sum, and the MLP's block
+    **dict.fromkeys(_GATED.split(), ("o_proj", "down_proj", "mlp")),
+    "phi3": ("o_proj", "down_proj", "mlp"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj", "mlp"),
+    **dict.fromkeys(("t5", "mt5", "umt5"), ("o", "wo", "DenseReluDense")),
+    **dict.fromkeys(
+        ("bert", "roberta", "xlm-roberta", "electra", "layoutlm"),
+        ("output.dense", r".*layer\.\d+\.output\.dense", ""),
+    ),
+    **dict.fromkeys(("opt", "bart"), ("out_proj", "fc2", "")),
+    "distilbert": ("out_lin", "ffn.lin2", "ffn"),
+    "gpt_neox": ("attention.dense", "dense_4h_to_h", "mlp"),
+}
+
+TARGETS_OF: Mapping[str, Mapping[str, list[str] | str]] = {
     # all that attention and the feed-forward part have, where PEFT's table does not say less
     "ADALORA": TARGETS
     | {kind: ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"] for kind in ("bart", "opt")}
@@ -77,8 +98,14 @@ TARGETS_OF: dict[str, dict[str, list[str]]] = {
     "VERA": TARGETS | {"phi": ["q_proj", "v_proj"]},
     "PVERA": TARGETS | {"phi": ["q_proj", "v_proj"], "dinov2": ["query", "value"]},
     "SHIRA": TARGETS | {"phi": ["q_proj", "v_proj"]},
+    "BOTTLENECK houlsby": {
+        k: [a] if "\\" in m else [a, m] for k, (a, m, _) in _BOTTLENECKS.items()
+    },
+    "BOTTLENECK pfeiffer": {k: m if "\\" in m else [m] for k, (_, m, _) in _BOTTLENECKS.items()},
+    "BOTTLENECK parallel": {k: [b] for k, (_, _, b) in _BOTTLENECKS.items() if b},
 }
-"""Method -> its own table of model_type -> target_modules; a method without one takes TARGETS."""
+"""A configuration's `usual` (most say their method) -> its own table of model_type ->
+target_modules; one without a table takes TARGETS."""
 
 HEADS: dict[str, list[str]] = {
     "SEQ_CLS": ["classifier", "score"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -82,15 +82,17 @@ def targets(model: nn.Module, config: TargetedConfig) -> Sequence[str] | str:
     if config.target_modules is not None:
         return config.target_modules
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    usual = TARGETS_OF.get(config.method, TARGETS)
+    usual: Mapping[Any, list[str] | str] = TARGETS_OF.get(config.usual, TARGETS)
     if kind not in usual:
         raise UserError(
             f"no usual target_modules are known for model_type {kind!r}: name them, "
             "or say target_modules='all-linear'"
         )
-    ends = tuple(f".{path}" for path, _ in modules(model))
-    present = [name for name in usual[kind] if any(end.endswith(f".{name}") for end in ends)]
-    return present or usual[kind]
+    names = usual[kind]
+    if isinstance(names, str):
+        return names
+    ends = {end for path, _ in modules(model) for end in patterns.ends(path)}
+    return [name for name in names if name in ends] or names
 
 
 def trains_all_biases(config: TargetedConfig) -> bool:

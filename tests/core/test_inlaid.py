@@ -85,7 +85,7 @@ def test_an_adapter_no_weight_can_say_computes_but_is_not_merged():
     host, x = Inlaid(view(nn.Linear(4, 3)), Selection(("w",))), torch.randn(2, 4)
     host.adapters["w"] = Doubled(LoraConfig(), host.base)
     torch.testing.assert_close(host(x), 2 * host.base_layer(x))
-    with pytest.raises(TypeError, match="Doubled cannot be merged: no weight can say it"):
+    with pytest.raises(TypeError, match="'w' is a Doubled, which no weight can say"):
         host.merge(("w",))
     stacked = Adapted(host.adapters["w"], host.base)
     for ask in (stacked.weight, stacked.bias):

@@ -20,7 +20,7 @@ from torch import nn
 
 import inlay.bases
 from inlay.bases import layers, view
-from inlay.core.adapter import Adapter, Bias, Copy, Reweight
+from inlay.core.adapter import Adapter, Bias, Copy, Reweight, Wrap
 from inlay.core.base import Base
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Adapted, Inlaid
@@ -119,10 +119,13 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     name: module.LAWS for name, module in settings_of_methods().items()
 }
 HOSTED = [name for name in names() if method(name).adapter is not None]
+WRAPS = [name for name in HOSTED if issubclass(method(name).adapter or Adapter, Wrap)]
+"""The methods that declare that no weight can say them: the law holds for all others."""
 MADE: dict[str, tuple[type[Adapter], Any]] = {
     **{
         f"{name} {setting or ''}".strip(): (method(name).of(config), config)
         for name in HOSTED
+        if name not in WRAPS
         for setting in SETTINGS.get(name, [{}])
         for config in [method(name).config(**setting)]
     },
@@ -314,6 +317,53 @@ def test_a_merge_in_half_precision_is_rounded_once_and_undone_to_the_bit(made, s
     for name, parameter in pristine.named_parameters():
         assert parameter.dtype == dtype
         assert torch.equal(module.get_parameter(name), parameter)
+
+
+WRAPPED = [
+    (name, setting, sample)
+    for name in WRAPS
+    for setting in SETTINGS.get(name, [{}])
+    for sample in SAMPLES
+    if view(sampled(sample)[0]).kind in method(name).adapter.on
+]
+
+
+@pytest.mark.parametrize(("name", "setting", "sample"), WRAPPED)
+def test_what_no_weight_can_say_computes_alone_stacks_and_is_refused_by_merge(
+    name, setting, sample
+):
+    module, x = sampled(sample)
+    model = nn.Sequential(nn.Identity(), module)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    roster = Roster(model)
+    for adapter in ("a", "b"):
+        made = roster.add(adapter, method(name).config(target_modules=["1"], **setting))
+        roster.select((adapter,))
+        plain = roster.hosts["1"].base_layer(x)
+        torch.testing.assert_close(model(x), plain, msg="untrained, it changes something")
+        for parameter in made["1"].parameters():
+            nn.init.normal_(parameter)
+    roster.add("other", LoraConfig(target_modules=["1"]))
+    ran = {}
+    for chosen in (("a",), ("b",), ("a", "b"), ("other", "a"), ()):
+        roster.select(chosen)
+        ran[chosen] = model(x)
+        host = roster.hosts["1"]
+        base = host.base if len(chosen) < 2 else Adapted(host.adapters[chosen[0]], host.base)
+        meant = host.adapters[chosen[-1]](base, x) if chosen else host.base_layer(x)
+        torch.testing.assert_close(ran[chosen], meant)
+        if chosen:
+            assert not torch.allclose(ran[chosen], host.base_layer(x))
+            with pytest.raises(UserError, match=r"^1: '[ab]' is a \w+, which no weight can say"):
+                roster.merge(chosen)
+    rows = ("b", BASE, "a")
+    with roster.selection.using(rows=rows):
+        mixed = model(x)
+    for row, adapter in enumerate(rows):
+        alone = ran[() if adapter == BASE else (adapter,)]
+        torch.testing.assert_close(mixed[row], alone[row])
+    roster.take_out(merged=False)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 def ulps(rounded: torch.Tensor, exact: torch.Tensor) -> float:
