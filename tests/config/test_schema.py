@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from inlay.config.reference import to_markdown
-from inlay.config.schema import EvaluateConfig, RunConfig
+from inlay.config.reference import blocks, to_markdown, told
+from inlay.config.schema import EvaluateConfig, RunConfig, keys
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -29,6 +29,16 @@ def test_the_page_of_all_keys_is_the_one_the_schema_writes():
     assert to_markdown() in page, (
         "python -c 'from inlay.config.reference import *; print(to_markdown())'"
     )
+
+
+def test_a_setting_that_not_all_methods_have_names_those_that_do():
+    texts = {key.name: told(key) for _, inside in blocks() for key in inside}
+    assert "lora" in texts["adapter.use_rslora"].rpartition("[")[2]
+    assert not texts["adapter.target_modules"].endswith("]")
+    assert not texts["train.seed"].endswith("]")
+    adapter = [name for name in texts if name.startswith("adapter.")]
+    own = [name for name, key in keys().items() if key.block == "adapter" and key.shown]
+    assert adapter[: len(own)] == own
 
 
 def test_the_schema_itself_needs_no_torch():
