@@ -8,6 +8,8 @@ from typing import Any
 
 from inlay.checkpoint.folder import fetch, parse_config, read_config
 from inlay.core.config import AdapterConfig
+from inlay.core.errors import UserError
+from inlay.core.targeted import TargetedConfig
 
 
 class _AnyMethod(type):
@@ -38,3 +40,15 @@ class PeftConfig(metaclass=_AnyMethod):
 def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
     """Return the configuration that a dictionary of PEFT's fields, `peft_type` among them, says."""
     return parse_config(config_dict, "the dictionary")
+
+
+def targeted_config(config: AdapterConfig | Mapping[str, Any]) -> TargetedConfig:
+    """Return `config`, or what a dictionary of PEFT's fields says; UserError for anything else."""
+    if isinstance(config, Mapping):
+        config = parse_config(config, "the configuration")
+    if not isinstance(config, TargetedConfig):
+        raise UserError(
+            f"{type(config).__module__}.{type(config).__name__} is no configuration of inlay: "
+            "use inlay.LoraConfig, or a dictionary with its fields and peft_type"
+        )
+    return config

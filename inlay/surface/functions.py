@@ -16,11 +16,11 @@ from inlay.checkpoint.names import PREFIX
 from inlay.core.config import AdapterConfig
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
-from inlay.core.targeted import TargetedConfig
 from inlay.methods.lora import LoraConfig
 from inlay.model.convert import Approximation, convert, extract
 from inlay.model.roster import Roster
 from inlay.model.targets import modules
+from inlay.surface.config import targeted_config
 from inlay.surface.peft_model import PeftModel
 
 M = TypeVar("M", bound=nn.Module)
@@ -50,10 +50,7 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: leave the adapter without memory, for `set_peft_model_state_dict` to fill.
     state_dict: take the modules its keys name as the targets, in place of the configuration's.
     """
-    if not isinstance(peft_config, TargetedConfig):
-        raise UserError(
-            f"{type(peft_config).__name__} is no configuration of inlay: use inlay.LoraConfig"
-        )
+    config = targeted_config(peft_config)
     roster = model.__dict__.get(_ROSTER)
     if roster is None:
         if isinstance(model, PeftModel) or any(isinstance(m, Inlaid) for m in model.modules()):
@@ -61,9 +58,9 @@ def inject_adapter_in_model(
         roster = Roster(model)
     if state_dict is not None:
         paths = _named_by(state_dict, model)
-        peft_config = peft_config.replace(target_modules=paths, exclude_modules=None)
+        config = config.replace(target_modules=paths, exclude_modules=None)
     device = torch.device("meta") if low_cpu_mem_usage else None
-    roster.add(adapter_name, peft_config, device=device)
+    roster.add(adapter_name, config, device=device)
     model.__dict__[_ROSTER] = roster
     return model
 

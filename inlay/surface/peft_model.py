@@ -17,7 +17,6 @@ from inlay.checkpoint import folder as files
 from inlay.checkpoint.adapter import load_adapter, save_adapter
 from inlay.checkpoint.export import tokenizer_files
 from inlay.checkpoint.fingerprint import fingerprint
-from inlay.checkpoint.folder import parse_config
 from inlay.core.config import AdapterConfig
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
@@ -26,6 +25,7 @@ from inlay.model.combine import Way, combine
 from inlay.model.convert import Approximation, convert
 from inlay.model.roster import Roster
 from inlay.surface.adapted import Adapted
+from inlay.surface.config import targeted_config
 from inlay.surface.signature import DECODER, OTHER, SPANS, TEXT, forward_of, takes_anything
 
 
@@ -136,7 +136,7 @@ class PeftModel(nn.Module):
 
     def add_adapter(self, adapter_name: str, peft_config: AdapterConfig) -> None:
         """Add a new adapter, to be trained; it does not become active."""
-        self.roster.add(adapter_name, _targeted(peft_config))
+        self.roster.add(adapter_name, targeted_config(peft_config))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out; where it alone was active, the first that is left becomes so."""
@@ -399,7 +399,7 @@ def get_peft_model(
     autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision; false =
     the base's dtype. revision: of the base on the hub, noted in the adapter's files.
     """
-    config = _targeted(peft_config)
+    config = targeted_config(peft_config)
     if revision is not None:
         config = config.replace(revision=revision)
     adapted = CLASSES.get(config.task_type or "", PeftModel)(model)
@@ -413,14 +413,3 @@ def _follow_base(roster: Roster, name: str) -> None:
     """Give the adapter the dtype of the layers it is set into."""
     for _, host, adapter in roster.adapters(name):
         adapter.to(next((p.dtype for p in host.base_layer.parameters()), torch.float32))
-
-
-def _targeted(config: AdapterConfig | Mapping[str, Any]) -> TargetedConfig:
-    if isinstance(config, Mapping):
-        config = parse_config(config, "the configuration")
-    if not isinstance(config, TargetedConfig):
-        raise UserError(
-            f"{type(config).__module__}.{type(config).__name__} is no configuration of inlay: "
-            "use inlay.LoraConfig, or a dictionary with its fields and peft_type"
-        )
-    return config
