@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from inlay.methods.lora import LoraConfig
     from inlay.methods.miss import MissConfig
     from inlay.methods.peanut import PeanutConfig
+    from inlay.methods.prompt_tuning import PromptTuningConfig
     from inlay.methods.psoft import PsoftConfig
     from inlay.methods.pvera import PveraConfig
     from inlay.methods.randlora import RandLoraConfig
@@ -99,6 +100,7 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PromptTuningConfig",
     "PsoftConfig",
     "PveraConfig",
     "RandLoraConfig",
@@ -141,6 +143,7 @@ _MODULES = {
     "inlay.methods.peanut": ["PeanutConfig"],
     "inlay.methods.psoft": ["PsoftConfig"],
     "inlay.methods.road": ["RoadConfig"],
+    "inlay.methods.prompt_tuning": ["PromptTuningConfig"],
     "inlay.methods.shira": ["ShiraConfig"],
     "inlay.methods.pvera": ["PveraConfig"],
     "inlay.methods.randlora": ["RandLoraConfig"],

@@ -43,6 +43,12 @@ FIELDS = {
         layers_pattern layers_to_transform modules_to_save peft_type peft_version revision
         target_modules task_type variant
     """,
+    "inlay.methods.prompt_tuning:PromptTuningConfig": """
+        auto_mapping base_model_name_or_path inference_mode modules_to_save num_attention_heads
+        num_layers num_transformer_submodules num_virtual_tokens peft_type peft_version
+        prompt_tuning_init prompt_tuning_init_text revision task_type token_dim tokenizer_kwargs
+        tokenizer_name_or_path
+    """,
     "inlay.methods.delora:DeloraConfig": """
         auto_mapping base_model_name_or_path bias delora_lambda exclude_modules inference_mode
         init_weights lambda_pattern layers_pattern layers_to_transform module_dropout

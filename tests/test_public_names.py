@@ -41,6 +41,7 @@ PUBLIC = {
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PromptTuningConfig",
     "PsoftConfig",
     "RoadConfig",
     "Run",

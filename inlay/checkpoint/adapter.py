@@ -176,9 +176,9 @@ def set_tensors(roster: Roster, name: str, tensors: Mapping[str, Tensor]) -> Non
     Strict: one UserError lists every missing, unexpected and misshaped tensor, with nothing copied.
     """
     roster.check(name)
-    full = {k if k.startswith(ROOT) else PREFIX + k: t for k, t in tensors.items()}
-    shapes = {key: tuple(t.shape) for key, t in full.items()}
     wanted = slots(roster, name)
+    full = {k if k in wanted or k.startswith(ROOT) else PREFIX + k: t for k, t in tensors.items()}
+    shapes = {key: tuple(t.shape) for key, t in full.items()}
     base = _base_tensors(roster, shapes.keys() - wanted.keys(), shapes)
     compare({k: s for k, s in shapes.items() if k not in base}, wanted, "the state dict")
     changed = _changed(base, full, "the state dict", alone=len(roster.names) == 1)

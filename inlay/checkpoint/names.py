@@ -65,10 +65,12 @@ class Slot:
 
 def slots(roster: Roster, name: str) -> dict[str, Slot]:
     """Return what the file of adapter `name` holds: key -> slot."""
+    # PEFT sets virtual tokens around the model and not into it: its paths are a level shorter
+    prefix = ROOT if roster.configs[name].rooted else PREFIX
     found = {}
     for path, host, adapter in roster.adapters(name):
         for key, (parameter, shape) in adapter.keys(host.base).items():
-            found[f"{PREFIX}{path}.{key}"] = Slot(
+            found[f"{prefix}{path}.{key}" if path else key] = Slot(
                 adapter, parameter, tuple(shape), host.base.device
             )
         shared = adapter._modules.get(Shared.lent_as)
@@ -92,6 +94,8 @@ def carried(roster: Roster, name: str) -> dict[str, nn.Parameter]:
 
     As PEFT does: where the adapter sits on them, and where the vocabulary was resized.
     """
+    if roster.configs[name].rooted:
+        return {}
     resized = is_resized(roster.model)
     held = {path: adapter for path, _, adapter in roster.adapters(name)}
     found = {}

@@ -35,6 +35,9 @@ class TargetedConfig(AdapterConfig):
         """The table of usual target_modules that is this configuration's: its method's."""
         return self.method
 
+    rooted: ClassVar[bool] = False
+    """Whether the adapter stands at the root of the model, at no layer in it."""
+
     by_site: ClassVar[tuple[str, ...]] = ()
     """Fields that map patterns of module paths to values."""
 

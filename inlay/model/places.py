@@ -14,7 +14,7 @@ from inlay.model.targets import modules, plain
 class Places:
     """The modules of a model by path, hosts standing for their layers, as they are now.
 
-    modules: path -> module; one reachable by several paths stands under each.
+    modules: path -> module; one reachable by several paths stands under each, the model under "".
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -24,6 +24,7 @@ class Places:
         self._paths: dict[int, list[str]] = {}
         for path, module in self.modules.items():
             self._paths.setdefault(id(plain(module)), []).append(path)
+        self.modules[""] = model
 
     def put(self, path: str, module: nn.Module) -> None:
         """Set `module` where the one at `path` stands, on every path that leads there."""

@@ -18,6 +18,7 @@ from inlay.core.adapter import Adapter, Bias, Copy, Shared
 from inlay.core.base import Base
 from inlay.core.errors import UserError, nearest
 from inlay.core.inlaid import Inlaid
+from inlay.core.root import Root
 from inlay.core.selection import BASE, Selection
 from inlay.core.targeted import TargetedConfig
 from inlay.methods import method_of
@@ -140,12 +141,23 @@ class Roster:
         return adapter
 
     def _host(self, places: Places, path: str) -> Inlaid:
+        if not path:
+            if path not in self.hosts:
+                self.hosts[path] = Root(view(self.model), self.selection)
+            return self.hosts[path]
         module = places.modules[path]
         if not isinstance(module, Inlaid):
             module = Inlaid(view(module), self.selection)
             places.put(path, module)
         self.hosts[path] = module
         return module
+
+    def _give_back(self, places: Places, path: str, module: nn.Module) -> None:
+        host = self.hosts[path]
+        if isinstance(host, Root):
+            host.close()
+        else:
+            places.put(path, module)
 
     def remove(self, name: str) -> None:
         """Take an adapter out; hosts left empty give their place back to the plain module."""
@@ -157,7 +169,7 @@ class Roster:
             if name in host.adapters:
                 del host.adapters[name]
                 if not len(host.adapters):
-                    places.put(path, host.base_layer)
+                    self._give_back(places, path, host.base_layer)
                     del self.hosts[path]
         del self.configs[name]
         self.trainable.discard(name)
@@ -230,7 +242,8 @@ class Roster:
                 try:
                     host.merge(chosen, check=check)
                 except (TypeError, UserError) as error:
-                    raise UserError(f"{path}: {error}; nothing was merged") from None
+                    place = path or type(self.model).__name__
+                    raise UserError(f"{place}: {error}; nothing was merged") from None
         except BaseException:
             self.unmerge()
             raise
@@ -254,7 +267,7 @@ class Roster:
         places = Places(self.model)
         # from the inside out: a copy that takes a block's place must not get the block's layers
         for path in sorted(self.hosts, key=lambda p: p.count("."), reverse=True):
-            places.put(path, self.hosts[path].result(names))
+            self._give_back(places, path, self.hosts[path].result(names))
         flags = self._required_grad or {}
         for path, parameter in self.model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(flags.get(path, True))
@@ -332,7 +345,7 @@ def _resolved(config: TargetedConfig, sites: targets.Sites, model: nn.Module) ->
     """Return the configuration with what it leaves to the model filled in, as files state it."""
     given = config.target_modules
     changes: dict[str, Any] = {}
-    if sites.adapted and (given is None or targets.is_all_linear(given)):
+    if not config.rooted and sites.adapted and (given is None or targets.is_all_linear(given)):
         changes["target_modules"] = spelled_out(sites.adapted, model)
     heads = targets.HEADS.get(config.task_type or "", [])
     if heads:

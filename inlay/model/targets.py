@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from inlay.core import patterns
 from inlay.core.errors import UserError, nearest
 from inlay.core.inlaid import Inlaid
+from inlay.core.root import Root
 from inlay.core.targeted import TargetedConfig
 from inlay.model.defaults import HEADS, TARGETS, TARGETS_OF, UNREACHABLE
 
@@ -37,7 +38,7 @@ def modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
     A module reachable by several paths is yielded under each: replacing it must replace all.
     """
     for name, child in model._modules.items():  # named_children() leaves out a child's second name
-        if child is None:
+        if child is None or isinstance(child, Root):
             continue
         path = f"{prefix}.{name}" if prefix else name
         yield path, child
@@ -58,6 +59,8 @@ def resolve(model: nn.Module, config: TargetedConfig, *, strict: bool = True) ->
     together take more than `patterns.BUDGET` seconds.
     """
     found = dict(modules(model))
+    if config.rooted:
+        return Sites(("",), _once(_saved(config, found), found), ())
     wanted = targets(model, config)
     if strict:
         _all_used(config, wanted, found)

@@ -42,6 +42,8 @@ def token_loss(policy: nn.Module, batch: Batch, norm: dict[str, Tensor]) -> Tens
     # no cache: with one, transformers takes reset position_ids for one row, and packed rows would
     # see each other
     logits = policy(**batch.inputs(), use_cache=False, **kept).logits
+    if not kept:  # virtual tokens come before those of the batch
+        logits = logits[:, -batch.labels.shape[1] :]
     # only the N trained rows of V numbers reach float32
     rows = logits[trained[:, asked]] if kept else logits[:, :-1][trained]
     rows, targets = rows.float(), batch.labels[:, 1:][trained]

@@ -28,7 +28,7 @@ from inlay.core.selection import BASE, Selection
 from inlay.methods import method, names
 from inlay.methods.lora import LoraConfig
 from inlay.model.roster import Roster
-from tests.methods.bases import settings_of_methods
+from tests.methods.bases import build, llama, settings_of_methods
 
 
 def conv1d() -> nn.Module:
@@ -322,6 +322,7 @@ def test_a_merge_in_half_precision_is_rounded_once_and_undone_to_the_bit(made, s
 WRAPPED = [
     (name, setting, sample)
     for name in WRAPS
+    if not method(name).config.rooted  # type: ignore[attr-defined]
     for setting in SETTINGS.get(name, [{}])
     for sample in SAMPLES
     if view(sampled(sample)[0]).kind in method(name).adapter.on
@@ -366,6 +367,45 @@ def test_what_no_weight_can_say_computes_alone_stacks_and_is_refused_by_merge(
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+ROOTED = [
+    (name, setting)
+    for name in WRAPS
+    if method(name).config.rooted  # type: ignore[attr-defined]
+    for setting in SETTINGS.get(name, [{}])
+]
+
+
+@pytest.mark.parametrize(("name", "setting"), ROOTED)
+def test_what_stands_before_the_whole_model_switches_and_is_refused_by_merge(name, setting):
+    model = build(llama)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    ids = torch.arange(3, 18).reshape(3, 5)
+    plain = model(ids).logits
+    roster = Roster(model)
+    roster.add("a", method(name).config(**setting))
+    roster.add("b", method(name).config(**setting))
+    roster.add("other", LoraConfig())
+    ran = {}
+    for chosen in (("a",), ("b",), ("a", "b"), ("other", "a"), ()):
+        roster.select(chosen)
+        ran[chosen] = model(ids).logits[:, -5:]
+        assert torch.allclose(ran[chosen], plain) == (not chosen)
+        if chosen:
+            with pytest.raises(UserError, match=r"'[ab]' is a \w+, which no weight can say"):
+                roster.merge(chosen)
+    with roster.selection.using(rows=("b", "a", "b")):
+        mixed = model(ids).logits[:, -5:]
+    for row, adapter in enumerate(("b", "a", "b")):
+        torch.testing.assert_close(mixed[row], ran[(adapter,)][row])
+    with roster.selection.using(rows=("b", BASE, "a")), pytest.raises(UserError, match="rows of"):
+        model(ids)
+    roster.take_out(merged=False)
+    torch.testing.assert_close(model(ids).logits, plain, rtol=0, atol=0)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], before[n]) for n in before)
+
+
 def ulps(rounded: torch.Tensor, exact: torch.Tensor) -> float:
     """Return the largest error of `rounded` in units of its dtype's last place."""
     info, exact = torch.finfo(rounded.dtype), exact.detach()
@@ -380,6 +420,7 @@ def layer(what: str) -> nn.Module:
 UNDECLARED = [
     (name, what)
     for name in HOSTED
+    if not method(name).config.rooted  # type: ignore[attr-defined]
     for what in (*REFUSED, *SAMPLES)
     if view(layer(what)).kind not in method(name).adapter.on
 ]

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import inlay
+from inlay.core.adapter import Wrap
 from inlay.methods import method, names
 from tests.methods.bases import build, output, randomize, settings_of_methods
 
@@ -54,7 +55,9 @@ def test_a_file_of_peft_computes_the_same_here_and_goes_back_bit_for_bit(
 ) -> None:
     model = theirs(name, make, settings)
     expected = output(model)
-    assert not torch.allclose(expected, output(build(make)), atol=1e-4), "nothing is compared"
+    plain = output(build(make))
+    shown = expected[:, -plain.shape[1] :]  # virtual tokens have logits too, before the others'
+    assert not torch.allclose(shown, plain, atol=1e-4), "nothing is compared"
     model.save_pretrained(tmp_path / "theirs")
     ours = inlay.PeftModel.from_pretrained(build(make), tmp_path / "theirs")
     torch.testing.assert_close(output(ours), expected, rtol=0, atol=1e-5)
@@ -74,7 +77,9 @@ def test_a_fresh_adapter_changes_nothing_and_has_pefts_parameters_and_keys(
     kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(name.upper())]
     model = peft.get_peft_model(build(make), kind(**settings))
     ours = inlay.get_peft_model(build(make), method(name).config(**settings)).eval()
-    torch.testing.assert_close(output(ours), output(build(make)), rtol=0, atol=1e-6)
+    if not method(name).config.rooted:  # type: ignore[attr-defined]
+        # virtual tokens start at random, so that a fresh model is not the base
+        torch.testing.assert_close(output(ours), output(build(make)), rtol=0, atol=1e-6)
     assert ours.get_nb_trainable_parameters()[0] == model.get_nb_trainable_parameters()[0]
     shapes = []
     for who, side in {"theirs": model, "ours": ours}.items():
@@ -91,6 +96,10 @@ def test_merged_weights_are_those_of_peft(
     model.save_pretrained(tmp_path)
     ours = inlay.PeftModel.from_pretrained(build(make), tmp_path)
     expected = output(ours)
+    if issubclass(method(name).adapter or Wrap, Wrap):
+        with pytest.raises(inlay.UserError, match="which no weight can say"):
+            ours.merge_and_unload()
+        return
     merged = ours.merge_and_unload()
     torch.testing.assert_close(output(merged), expected, rtol=0, atol=1e-5)
     if settings in UNMERGED[name]:

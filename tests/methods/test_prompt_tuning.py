@@ -1,0 +1,152 @@
+"""Prompt tuning: positions, masks, labels, generation and training, beside plain torch and PEFT."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import inlay
+from inlay import PromptTuningConfig, UserError, get_peft_model
+from tests.methods.bases import build, gpt2, llama, output, t5
+
+IDS = torch.arange(3, 13).reshape(2, 5)
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def made(make, **settings):
+    torch.manual_seed(0)
+    return get_peft_model(build(make), PromptTuningConfig(num_virtual_tokens=3, **settings)).eval()
+
+
+def joined(model, ids):
+    prompt = model.roster.hosts[""].adapters["default"].virtual()
+    return torch.cat([prompt.expand(len(ids), -1, -1), model.get_input_embeddings()(ids)], 1)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_the_tokens_come_before_the_embeddings_and_no_label_is_theirs(make):
+    model, base = made(make), build(make)
+    mask = torch.ones_like(IDS)
+    got = model(IDS, attention_mask=mask, labels=IDS)
+    meant = base(inputs_embeds=joined(model, IDS))
+    torch.testing.assert_close(got.logits, meant.logits)
+    scores = meant.logits[:, 3:-1].flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(scores, IDS[:, 1:].flatten())
+    # the last virtual token also foretells the first real one
+    first = torch.nn.functional.cross_entropy(meant.logits[:, 2], IDS[:, 0])
+    torch.testing.assert_close(got.loss, (loss * 8 + first * 2) / 10)
+
+
+def test_positions_are_counted_on_and_packed_rows_are_refused():
+    model = made(gpt2)
+    places = torch.arange(5).expand(2, -1)
+    torch.testing.assert_close(model(IDS, position_ids=places).logits, model(IDS).logits)
+    with pytest.raises(UserError, match="packing: false"):
+        model(IDS, position_ids=torch.tensor([[0, 1, 2, 0, 1]]).expand(2, -1))
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_a_padded_row_generates_what_it_does_alone_with_and_without_a_cache(make):
+    model = made(make)
+    padded = torch.cat([torch.zeros(1, 2, dtype=torch.long), IDS[:1, :3]], 1)
+    both = torch.cat([padded, IDS[1:]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    together = model.generate(both, attention_mask=mask, **GREEDY)
+    for row, ids in enumerate((IDS[:1, :3], IDS[1:])):
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
+        assert together[row, 5:].tolist() == alone[0, ids.shape[1] :].tolist()
+    again = model.generate(both, attention_mask=mask, use_cache=False, **GREEDY)
+    assert again.tolist() == together.tolist()
+
+
+def test_generation_is_that_of_the_joined_embeddings_in_an_encoder_decoder_too():
+    for make in (llama, gpt2, t5):
+        model, base = made(make), build(make)
+        start = {"decoder_start_token_id": 0} if make is t5 else {}
+        mask = torch.ones_like(IDS)
+        got = model.generate(input_ids=IDS, attention_mask=mask, **start, **GREEDY)
+        wide = torch.ones(2, 8, dtype=torch.long)
+        meant = base.generate(
+            inputs_embeds=joined(model, IDS), attention_mask=wide, **start, **GREEDY
+        )
+        assert got[:, -6:].tolist() == meant[:, -6:].tolist()
+
+
+def test_rows_with_prompts_of_their_own_generate_what_they_do_alone():
+    model = made(llama)
+    model.add_adapter("b", PromptTuningConfig(num_virtual_tokens=3))
+    model.add_adapter("longer", PromptTuningConfig(num_virtual_tokens=4))
+    mask = torch.ones_like(IDS)
+    names = ["b", "default"]
+    mixed = model.generate(IDS, attention_mask=mask, adapter_names=names, num_beams=2, **GREEDY)
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        alone = model.generate(IDS[row : row + 1], attention_mask=mask[:1], num_beams=2, **GREEDY)
+        assert mixed[row].tolist() == alone[0].tolist()
+    with pytest.raises(UserError, match="same method with the same number of virtual tokens"):
+        model(IDS, adapter_names=["b", "longer"])
+
+
+def test_it_starts_from_the_embeddings_of_a_text(tmp_path):
+    base, tokenizer = inlay.load_base()
+    tokenizer.save_pretrained(tmp_path)
+    config = PromptTuningConfig(
+        num_virtual_tokens=7,
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text="route the mail",
+        tokenizer_name_or_path=str(tmp_path),
+    )
+    ids = (tokenizer("route the mail")["input_ids"] * 7)[:7]
+    model = get_peft_model(base, config)
+    prompt = model.roster.hosts[""].adapters["default"].prompt
+    torch.testing.assert_close(prompt, base.get_input_embeddings().weight[ids], rtol=0, atol=0)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        "base_model.model.virtual_tokens.adapters.default.prompt"
+    ]
+
+
+def test_deleting_it_leaves_the_model_as_it_was():
+    base = build(llama)
+    plain, names = output(base), list(base.state_dict())
+    model = get_peft_model(base, PromptTuningConfig(num_virtual_tokens=2))
+    assert not torch.allclose(output(model)[:, 2:], plain)
+    with model.disable_adapter():
+        torch.testing.assert_close(output(model), plain, rtol=0, atol=0)
+    model.delete_adapter("default")
+    torch.testing.assert_close(output(model), plain, rtol=0, atol=0)
+    assert list(base.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_virtual_tokens": 0}, "num_virtual_tokens=0"),
+        ({"prompt_tuning_init": "WORDS"}, "not one of"),
+        ({"prompt_tuning_init": "TEXT"}, "prompt_tuning_init_text"),
+        ({"tokenizer_kwargs": {"a": 1}}, "TEXT"),
+        ({"target_modules": ["q_proj"]}, "at no layer"),
+        ({"token_dim": 5}, "width of the model's embeddings"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings, said):
+    with pytest.raises(UserError, match=said):
+        get_peft_model(build(llama), PromptTuningConfig(**settings))
+
+
+def test_the_trainer_trains_it(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the mail goes to billing"}\n' * 8)
+    adapter = {"method": "prompt_tuning", "num_virtual_tokens": 4}
+    run = inlay.train(
+        {
+            "adapter": adapter,
+            "data": {"path": str(rows)},
+            "objective": "pretrain",
+            "train": {"max_steps": 6, "learning_rate": 0.1, "micro_batch_size": 4},
+            "output_dir": str(tmp_path / "run"),
+        }
+    )
+    assert run is not None
+    found = inlay.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter")
+    assert list(found.peft_config) == ["default"]
+    assert found.peft_config["default"].num_virtual_tokens == 4
