@@ -73,6 +73,13 @@ def raw_rows(
         )
     if suffix not in READERS:
         raise UserError(f"{path}: {suffix or 'no suffix'!r} is not one of {', '.join(READERS)}")
+    given = {"name": name, "split": None if split == "train" else split, "revision": revision}
+    for field, value in given.items():
+        if value is not None:
+            raise UserError(
+                f"data.{field} is {value!r}, but {path} is a file, which has none; it goes with "
+                "data sets of the hub, so leave it out"
+            )
     return _opened(file, READERS[suffix])
 
 

@@ -47,6 +47,8 @@ def load_base(
         raise UserError(f"quantize={quantize!r} is not there yet: leave it out")
     name = str(name_or_path or TINY)
     source = embedded() if name == TINY else _checked(name)
+    if revision is not None and os.path.isdir(source):
+        raise UserError(f"revision {revision!r} goes with a hub id; {name} is on this machine")
     chosen = _dtype(dtype)
     where = _device(device)
     from transformers import AutoConfig

@@ -7,6 +7,7 @@ answer ends at the first token that ends a turn.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from inlay.data.chats import question
 from inlay.data.rows import Chat, Completion
 from inlay.data.template import RenderError, Template
 from inlay.data.tokens import Tokens
+from inlay.model.load import most_tokens
 from inlay.train.evaluate import inference
 from inlay.train.precision import autocast, device_of
 
@@ -67,8 +69,8 @@ def exact_match(
     """Return the model's greedy answer to each of `rows` (Chat or Completion), beside the expected.
 
     Chats are rendered by `template` (left out = the tokenizer's). For the base beside the adapter
-    call it once more within `model.disable_adapter()`. Raises UserError for a row that has no
-    answer to compare with.
+    call it once more within `model.disable_adapter()`. An answer ends where the model has no more
+    positions. Raises UserError for a row that has no answer to compare with.
     """
     if template is None and any(isinstance(row, Chat) for row in rows):
         template = Template(tokenizer)
@@ -84,7 +86,12 @@ def exact_match(
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
             prompts = [questions[i].ids for i in chosen]
-            texts = _generate(model, tokenizer, prompts, stops, max_new_tokens)
+            room = (most_tokens(model) or sys.maxsize) - max(map(len, prompts))
+            fitting = min(max_new_tokens, room)
+            if fitting < 1:
+                found.update(dict.fromkeys(chosen, ""))
+                continue
+            texts = _generate(model, tokenizer, prompts, stops, fitting)
             cut = [text.partition(end)[0] if end else text for text in texts]
             found.update(zip(chosen, cut, strict=True))
     return Answers(

@@ -281,3 +281,11 @@ def test_no_path_and_an_unknown_format_are_refused(write):
         read_rows("")
     with pytest.raises(UserError, match=r"'sharegtp' .* Did you mean 'sharegpt'"):
         read_rows(write([{"text": "x"}]), "sharegtp")
+
+
+@pytest.mark.parametrize("field", ["name", "split", "revision"])
+def test_what_only_a_hub_data_set_has_is_refused_for_a_file(tmp_path, field):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a document"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=f"data.{field} is 'test', but .*is a file"):
+        read_rows([str(path)], **{field: "test"})

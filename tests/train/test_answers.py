@@ -124,3 +124,13 @@ def test_a_question_is_encoded_as_the_rows_that_train_are(tiny_llama, tiny_token
     first = next(i for i, label in enumerate(example.labels) if label != -100)
     assert asked == [example.input_ids[:first]]
     assert asked[0].count(tiny_tokenizer.eos_token_id) == 1  # the user's turn ends once
+
+
+def test_an_answer_ends_where_the_model_has_no_more_positions(tiny_tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tiny_tokenizer), **sizes))
+    rows = [completion("a" * length, "b", line=length) for length in (3, 12, 16, 20)]
+    found = exact_match(model, tiny_tokenizer, rows, max_new_tokens=64, batch_size=1)
+    assert [len(answer.answer) == 0 for answer in found.answers][2:] == [True, True]
