@@ -107,7 +107,7 @@ def with_place(make: Any, chosen: Mapping[str, Given]) -> Any:
         return make()
     except UserError as error:
         text = str(error)
-        # the value at fault is named first: "r=-1 is no rank", "train.max_steps is 0"
+        # the value at fault is named first: "r=-1 must be", "train.max_steps is 0"
         first = re.match(r"[\w.]+", text)
         word = first.group() if first else ""
         named = [g for name, g in chosen.items() if word in (name, name.rpartition(".")[2])]

@@ -55,21 +55,35 @@ class Adapter(nn.Module, ABC):
     _held: tuple[Shared, ...] = ()
 
     def __init__(
-        self, config: AdapterConfig, base: Base, *, device: torch.device | None = None
+        self,
+        config: AdapterConfig,
+        base: Base,
+        *,
+        device: torch.device | None = None,
+        shared: Shared | None = None,
     ) -> None:
-        """Make the parameters, uninitialized, on `device` (default: the base's)."""
+        """Make the parameters, uninitialized, on `device` (default: the base's).
+
+        shared: what the sites have in common; where a method has such, one alone makes its own.
+        """
         super().__init__()
         self.config = config
         self._device, self._dtype = device or base.device, base.adapter_dtype
+        self.make(base)
+        if shared is None and type(self).make is not Adapter.make:
+            shared = self.share(config, [base], device=device)
+        if shared is not None:
+            self.hold(shared)
+
+    def make(self, base: Base) -> None:
+        """Make the parameters for `base`; UserError where the settings do not fit the layer."""
+        del base
 
     @classmethod
     def share(
         cls, config: Any, bases: Sequence[Base], *, device: torch.device | None = None
     ) -> Shared | None:
-        """Return what the sites on `bases` hold in common, made and initialized; most: None.
-
-        Where it is not None, `__init__` takes it as `shared`, and makes its own without.
-        """
+        """Return what the sites on `bases` hold in common, made and initialized; most: None."""
         del config, bases, device
         return None
 
@@ -157,10 +171,15 @@ class Delta(Reweight):
     bias: nn.Parameter | None
 
     def __init__(
-        self, config: AdapterConfig, base: Base, *, device: torch.device | None = None
+        self,
+        config: AdapterConfig,
+        base: Base,
+        *,
+        device: torch.device | None = None,
+        shared: Shared | None = None,
     ) -> None:
         """Make the parameters, and the bias where it is to be trained."""
-        super().__init__(config, base, device=device)
+        super().__init__(config, base, device=device, shared=shared)
         trained = getattr(config, "bias", "none") != "none" and base.bias() is not None
         self.bias = self.parameter(base.shape[0]) if trained else None
 
@@ -216,11 +235,8 @@ class Delta(Reweight):
 class Bias(Reweight):
     """b -> b': the bias of a layer without another adapter, trained in full (`bias="all"`)."""
 
-    def __init__(
-        self, config: AdapterConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make room for the bias [O]."""
-        super().__init__(config, base, device=device)
         self.bias = self.parameter(base.shape[0])
 
     def reset(self, base: Base) -> None:
@@ -261,11 +277,8 @@ class Copy(Reweight):
 
     on: ClassVar[frozenset[Kind]] = Adapter.on
 
-    def __init__(
-        self, config: AdapterConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Copy the module as it is now, without adapters; it never shares memory with the base."""
-        super().__init__(config, base, device=device)
         assert isinstance(base, Layer)
         self.module = bare_copy(base.module)
         self._view = type(base)

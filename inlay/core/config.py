@@ -6,6 +6,7 @@ import dataclasses
 import enum
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from inlay.core import limits
 from inlay.core.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class AdapterConfig:
     """Whether the adapter's parameters are frozen."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be; raises UserError naming the field, the value and the limit."""
+        """Refuse what cannot be (see `limits`); UserError names the field, value and limit."""
         object.__setattr__(self, "peft_type", str(self.method))
         if self.task_type is not None:
             task = str(plain(self.task_type))  # an enum of another library's counts by its value
@@ -98,6 +99,7 @@ class AdapterConfig:
                     f"{field.name}={getattr(self, field.name)!r} is not supported: "
                     f"{self.not_yet[field.name]}"
                 )
+        limits.check(self)
 
     def at(self, site: str) -> Self:
         """Return this configuration as it applies to the module path `site` (patterns resolved)."""

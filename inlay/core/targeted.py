@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 from inlay.core import patterns
 from inlay.core.config import AdapterConfig, plain
@@ -38,8 +40,8 @@ class TargetedConfig(AdapterConfig):
     rooted: ClassVar[bool] = False
     """Whether the adapter stands at the root of the model, at no layer in it."""
 
-    by_site: ClassVar[tuple[str, ...]] = ()
-    """Fields that map patterns of module paths to values."""
+    by_site: ClassVar[Mapping[str, str]] = {}
+    """Fields that map patterns of module paths to values -> the field these replace there."""
 
     def __post_init__(self) -> None:
         """Bring sets and tuples of names into lists; refuse what is no name or has no meaning."""
@@ -65,6 +67,16 @@ class TargetedConfig(AdapterConfig):
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform "
                 "to say which layers"
             )
+
+    def at(self, site: str) -> Self:
+        """Return the settings at `site`, the values that `by_site` gives it in their fields."""
+        if not any(getattr(self, patterned) for patterned in self.by_site):
+            return self
+        here = copy.copy(self)  # its values were checked when the configuration was made
+        for patterned, field in self.by_site.items():
+            value = self.site_keys(patterned).first(site, getattr(self, field))
+            object.__setattr__(here, field, value)
+        return here
 
     def site_keys(self, field: str) -> patterns.Keys[Any]:
         """Return the patterns in a field of `by_site`, sorted once for all sites."""

@@ -24,12 +24,9 @@ class Dora(Reweight):
     on = Lora.on
     config: LoraConfig
 
-    def __init__(
-        self, config: LoraConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make the LoRA and m [O]."""
-        super().__init__(config, base, device=device)
-        self.lora = Lora(config, base, device=device)
+        self.lora = Lora(self.config, base, device=self._device)
         self.magnitude = self.parameter(base.shape[0])
 
     def reset(self, base: Base) -> None:

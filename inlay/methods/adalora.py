@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar, Self
 
 import torch
@@ -20,7 +21,8 @@ from inlay.core.adapter import Delta, Method
 from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
-from inlay.core.numbers import check_dropout, check_finite, check_one_of, check_whole
+from inlay.core.limits import Rank, Scale, Steps
+from inlay.core.numbers import check_one_of, check_whole
 from inlay.core.targeted import TargetedConfig
 from inlay.methods.lora import LoraConfig
 
@@ -39,41 +41,33 @@ class AdaLoraConfig(LoraConfig):
 
     method = PeftType.ADALORA
 
-    target_r: int = 8
+    target_r: Rank = 8
     """Rank a layer is left with, on average."""
-    init_r: int = 12
+    init_r: Rank = 12
     """Rank that every layer starts with."""
-    tinit: int = 0
+    tinit: Steps = 0
     """Steps before any rank is taken away."""
-    tfinal: int = 0
+    tfinal: Steps = 0
     """Last steps, in which the ranks no longer change."""
-    deltaT: int = 1
+    deltaT: Rank = 1
     """Steps from one choice of ranks to the next."""
-    beta1: float = 0.85
+    beta1: Scale = 0.85
     """Smoothing of an entry's importance, above 0 and below 1."""
-    beta2: float = 0.85
+    beta2: Scale = 0.85
     """Smoothing of how much that importance varies, above 0 and below 1."""
-    orth_reg_weight: float = 0.5
+    orth_reg_weight: Scale = 0.5
     """Weight in the loss of A and B being orthogonal."""
     total_step: int | None = None
     """Steps of the whole training, which the schedule of ranks needs."""
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
     """What was chosen: `<module path>.lora_E` -> for each of init_r ranks whether it is kept."""
 
-    by_site: ClassVar[tuple[str, ...]] = ()
+    by_site: ClassVar[Mapping[str, str]] = {}
     not_yet: ClassVar[dict[str, str]] = dict.fromkeys(UNUSED, "AdaLoRA has no such thing")
 
     def __post_init__(self) -> None:
         """Refuse ranks, schedules and switches that cannot be."""
         super(LoraConfig, self).__post_init__()  # LoRA's own checks are of another rank_pattern
-        for name in ("init_r", "target_r", "deltaT"):
-            check_whole(name, getattr(self, name))
-        for name in ("tinit", "tfinal"):
-            check_whole(name, getattr(self, name), least=0, most=2**53)
-        for name in ("lora_alpha", "orth_reg_weight", "beta1", "beta2"):
-            check_finite(name, getattr(self, name))
-        check_dropout("lora_dropout", self.lora_dropout)
-        check_one_of("bias", self.bias, ("none", "all", "lora_only"))
         check_one_of("init_lora_weights", self.init_lora_weights, (True, False))
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
@@ -114,11 +108,9 @@ class AdaLora(Delta):
     on = frozenset({"linear", "conv"})
     config: AdaLoraConfig
 
-    def __init__(
-        self, config: AdaLoraConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make A [K, I], B [O, K] and e [K, 1]."""
-        super().__init__(config, base, device=device)
+        config = self.config
         self.lora_A = self.parameter(config.r, base.shape[1])
         self.lora_B = self.parameter(base.shape[0], config.r)
         self.lora_E = self.parameter(config.r, 1)

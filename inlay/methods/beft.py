@@ -8,13 +8,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from inlay.core.adapter import Method, Reweight
 from inlay.core.base import Base
 from inlay.core.config import PeftType
-from inlay.core.numbers import check_one_of
 from inlay.core.targeted import TargetedConfig
 
 
@@ -34,11 +32,6 @@ class BeftConfig(TargetedConfig):
         "layers_pattern",
     )
 
-    def __post_init__(self) -> None:
-        """Refuse a switch that cannot be."""
-        super().__post_init__()
-        check_one_of("init_weights", self.init_weights, (True, False))
-
 
 class Beft(Reweight):
     """The vector added to one layer's outputs."""
@@ -46,11 +39,8 @@ class Beft(Reweight):
     on = frozenset({"linear", "conv"})
     config: BeftConfig
 
-    def __init__(
-        self, config: BeftConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make v, in the shape [1, O] it has in PEFT's files."""
-        super().__init__(config, base, device=device)
         self.beft_bias = self.parameter(1, base.shape[0])
 
     def reset(self, base: Base) -> None:

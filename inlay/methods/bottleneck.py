@@ -22,6 +22,8 @@ from inlay.core.adapter import Method, Wrap
 from inlay.core.base import Base, Kind
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
+from inlay.core.limits import Scale
+from inlay.core.numbers import check_one_of
 from inlay.core.targeted import TargetedConfig
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -46,24 +48,17 @@ class BottleneckConfig(TargetedConfig):
     """The output's width over the adapter's inner width."""
     non_linearity: Literal["relu", "gelu", "silu", "tanh"] = "relu"
     """The function between the two matrices."""
-    scaling: float = 1.0
+    scaling: Scale = 1.0
     """What the adapter's output is multiplied by."""
 
     def __post_init__(self) -> None:
         """Check the values; UserError names the limit."""
         super().__post_init__()
-        if self.style not in ("houlsby", "pfeiffer", "parallel"):
-            raise UserError(f"style={self.style!r} is not one of houlsby, pfeiffer, parallel")
-        if self.non_linearity not in FUNCTIONS:
-            raise UserError(
-                f"non_linearity={self.non_linearity!r} is not one of {', '.join(FUNCTIONS)}"
-            )
+        check_one_of("non_linearity", self.non_linearity, FUNCTIONS)
         if not (math.isfinite(self.reduction_factor) and self.reduction_factor > 0):
             raise UserError(
                 f"reduction_factor={self.reduction_factor} must be a number above 0; 16 is usual"
             )
-        if not math.isfinite(self.scaling):
-            raise UserError(f"scaling={self.scaling} must be a finite number")
 
     @property
     def usual(self) -> str:
@@ -77,13 +72,10 @@ class Bottleneck(Wrap):
     on: ClassVar[frozenset[Kind]] = frozenset({"linear", "module"})
     config: BottleneckConfig
 
-    def __init__(
-        self, config: BottleneckConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make D, d, U and u."""
-        super().__init__(config, base, device=device)
         out_features, in_features = base.features
-        rank = max(1, int(out_features / config.reduction_factor))
+        rank = max(1, int(out_features / self.config.reduction_factor))
         self.down = self.parameter(rank, in_features if self._parallel else out_features)
         self.down_bias = self.parameter(rank)
         self.up = self.parameter(out_features, rank)

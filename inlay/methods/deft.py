@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from inlay.core.adapter import Delta, Method
 from inlay.core.base import Base
 from inlay.core.config import PeftType
-from inlay.core.numbers import check_dropout, check_finite, check_one_of, check_whole
+from inlay.core.limits import Dropout, Rank, Scale, Steps
 from inlay.core.targeted import TargetedConfig
 
 
@@ -27,37 +27,24 @@ class DeftConfig(TargetedConfig):
 
     method = PeftType.DEFT
 
-    r: int = 8
+    r: Rank = 8
     """Dimension K of the subspace; a layer of fewer outputs takes as many as it has."""
     decomposition_method: Literal["relu", "qr"] = "relu"
     """How Q and V come from M."""
-    init_scale: float = 1.0
+    init_scale: Scale = 1.0
     """With init_weights false: R's deviation, in units of 0.02."""
-    alpha: int | None = None
+    alpha: Steps | None = None
     """Numerator of R's scale s = alpha / K; None: s is 1."""
     para: bool = False
     """Take the subspace out and put nothing back; this changes the base from the start."""
     fan_in_fan_out: bool = False
     """PEFT's note that a weight is stored [in, out]; read from the layer, kept for the files."""
-    deft_dropout: float = 0.0
+    deft_dropout: Dropout = 0.0
     """Probability of zeroing an input of R in training."""
     init_weights: bool = True
     """True: R puts back what is taken out. False: R random."""
     bias: Literal["none", "all", "deft_only"] = "none"
     """Which biases train too: none, every one of the model, or those of the adapted layers."""
-
-    def __post_init__(self) -> None:
-        """Refuse ranks, scales and switches that cannot be."""
-        super().__post_init__()
-        check_whole("r", self.r)
-        check_finite("init_scale", self.init_scale)
-        check_dropout("deft_dropout", self.deft_dropout)
-        check_one_of("decomposition_method", self.decomposition_method, ("relu", "qr"))
-        check_one_of("bias", self.bias, ("none", "all", "deft_only"))
-        for name in ("para", "init_weights"):
-            check_one_of(name, getattr(self, name), (True, False))
-        if self.alpha is not None:
-            check_whole("alpha", self.alpha, least=0, most=2**53)
 
 
 class Deft(Delta):
@@ -66,11 +53,9 @@ class Deft(Delta):
     on = frozenset({"linear"})
     config: DeftConfig
 
-    def __init__(
-        self, config: DeftConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make M [O, K], and R [K, I] unless nothing is put back."""
-        super().__init__(config, base, device=device)
+        config = self.config
         outputs, inputs = base.shape
         k = min(config.r, outputs)
         self.deft_P = self.parameter(outputs, k)

@@ -7,10 +7,10 @@ the direction is learned apart from the strength.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
-from typing import ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from inlay.core.adapter import Delta, Method
 from inlay.core.base import Base
 from inlay.core.config import PeftType
-from inlay.core.numbers import check_dropout, check_finite, check_one_of, check_whole
+from inlay.core.limits import Dropout, Rank, Scale
 from inlay.core.targeted import TargetedConfig
 
 SHORTEST = 1e-4
@@ -32,43 +32,25 @@ class DeloraConfig(TargetedConfig):
 
     method = PeftType.DELORA
 
-    r: int = 8
+    r: Rank = 8
     """Rank of the update."""
-    delora_lambda: float = 15
+    delora_lambda: Scale = 15
     """Where the strength of the update starts."""
-    module_dropout: float = 0.0
+    module_dropout: Dropout = 0.0
     """Probability of zeroing an input of the update in training."""
     bias: Literal["none", "all", "delora_only"] = "none"
     """Which biases train too: none, every one of the model, or those of the adapted layers."""
     init_weights: bool = True
     """True: A Kaiming-uniform, B zero. False: both random, for tests."""
-    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    rank_pattern: dict[str, Rank] = dataclasses.field(default_factory=dict)
     """Rank of the modules whose path ends in the key (a regular expression), instead of r."""
-    lambda_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    lambda_pattern: dict[str, Scale] = dataclasses.field(default_factory=dict)
     """delora_lambda of the modules whose path ends in the key (a regular expression)."""
 
-    by_site: ClassVar[tuple[str, ...]] = ("rank_pattern", "lambda_pattern")
-
-    def __post_init__(self) -> None:
-        """Refuse ranks, strengths and switches that cannot be."""
-        super().__post_init__()
-        for name, rank in (("r", self.r), *self.rank_pattern.items()):
-            check_whole(name, rank)
-        for name, strength in (("delora_lambda", self.delora_lambda), *self.lambda_pattern.items()):
-            check_finite(name, strength)
-        check_dropout("module_dropout", self.module_dropout)
-        check_one_of("bias", self.bias, ("none", "all", "delora_only"))
-        check_one_of("init_weights", self.init_weights, (True, False))
-
-    def at(self, site: str) -> Self:
-        """Return the settings at `site`, its own rank and strength resolved."""
-        if not (self.rank_pattern or self.lambda_pattern):
-            return self
-        here = copy.copy(self)
-        for field, by_site in (("r", "rank_pattern"), ("delora_lambda", "lambda_pattern")):
-            value = self.site_keys(by_site).first(site, getattr(self, field))
-            object.__setattr__(here, field, value)
-        return here
+    by_site: ClassVar[Mapping[str, str]] = {
+        "rank_pattern": "r",
+        "lambda_pattern": "delora_lambda",
+    }
 
 
 class Delora(Delta):
@@ -77,11 +59,9 @@ class Delora(Delta):
     config: DeloraConfig
     delora_w_norm: Tensor
 
-    def __init__(
-        self, config: DeloraConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make A [R, I], B [O, R], lambda [1] and the norms [I], which do not train."""
-        super().__init__(config, base, device=device)
+        config = self.config
         outputs, inputs = base.shape
         self.delora_A = self.parameter(config.r, inputs)
         self.delora_B = self.parameter(outputs, config.r)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from inlay.core.adapter import Method, Reweight
 from inlay.core.base import Base
 from inlay.core.config import PeftType
-from inlay.core.numbers import check_one_of, check_whole
+from inlay.core.limits import Rank
 from inlay.core.targeted import TargetedConfig
 
 
@@ -27,7 +27,7 @@ class GloraConfig(TargetedConfig):
 
     method = PeftType.GLORA
 
-    r: int = 8
+    r: Rank = 8
     """Rank of the parts that are low-rank."""
     bias: str = "none"
     """PEFT's field for training biases in full."""
@@ -47,15 +47,6 @@ class GloraConfig(TargetedConfig):
         "layers_pattern",
     )
 
-    def __post_init__(self) -> None:
-        """Refuse ranks and forms that cannot be."""
-        super().__post_init__()
-        check_whole("r", self.r)
-        check_one_of("config_A_B", self.config_A_B, ("lora", "vector", "constant", "none"))
-        check_one_of("config_C", self.config_C, ("lora", "vector", "none"))
-        check_one_of("config_D_E", self.config_D_E, ("vector", "constant", "none"))
-        check_one_of("init_weights", self.init_weights, (True, False))
-
 
 class Glora(Reweight):
     """The five parts of one layer."""
@@ -63,11 +54,9 @@ class Glora(Reweight):
     on = frozenset({"linear"})
     config: GloraConfig
 
-    def __init__(
-        self, config: GloraConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make the parts; one that is nothing is zeros that do not train, as files have them."""
-        super().__init__(config, base, device=device)
+        config = self.config
         outputs, inputs = base.shape
         biased = base.bias() is not None
         forms = {

@@ -22,7 +22,7 @@ from inlay.core.adapter import Delta, Method
 from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
-from inlay.core.numbers import check_dropout, check_finite, check_one_of, check_whole
+from inlay.core.limits import Count, Dropout, Rank, Scale
 from inlay.core.targeted import TargetedConfig
 
 
@@ -32,15 +32,15 @@ class GraloraConfig(TargetedConfig):
 
     method = PeftType.GRALORA
 
-    r: int = 32
+    r: Rank = 32
     """Rank of a LoRA with as many parameters; each block has rank r / gralora_k."""
-    hybrid_r: int = 0
+    hybrid_r: Count = 0
     """Rank of a LoRA over the whole weight beside the blocks, or 0."""
-    alpha: float = 64
+    alpha: Scale = 64
     """Numerator of the scale: the update is multiplied by alpha / (r + hybrid_r)."""
-    gralora_dropout: float = 0.0
+    gralora_dropout: Dropout = 0.0
     """Probability of zeroing an input of the update in training."""
-    gralora_k: int = 2
+    gralora_k: Rank = 2
     """Pieces that inputs and outputs are cut into; must divide both, and r."""
     fan_in_fan_out: bool = False
     """PEFT's note that a weight is stored [in, out]; read from the layer, kept for the files."""
@@ -52,13 +52,6 @@ class GraloraConfig(TargetedConfig):
     def __post_init__(self) -> None:
         """Refuse ranks, scales and cuts that cannot be."""
         super().__post_init__()
-        check_whole("r", self.r)
-        check_whole("hybrid_r", self.hybrid_r, least=0)
-        check_whole("gralora_k", self.gralora_k)
-        check_finite("alpha", self.alpha)
-        check_dropout("gralora_dropout", self.gralora_dropout)
-        check_one_of("bias", self.bias, ("none", "all", "gralora_only"))
-        check_one_of("init_weights", self.init_weights, (True, False))
         if self.r % self.gralora_k:
             raise UserError(
                 f"gralora_k={self.gralora_k} does not divide r={self.r}; "
@@ -72,11 +65,9 @@ class Gralora(Delta):
     on = frozenset({"linear"})
     config: GraloraConfig
 
-    def __init__(
-        self, config: GraloraConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make A, B and the whole weight's two; UserError where the layer cannot be cut."""
-        super().__init__(config, base, device=device)
+        config = self.config
         k, r, (outputs, inputs) = config.gralora_k, config.r, base.shape
         if outputs % k or inputs % k:
             raise UserError(

@@ -6,19 +6,18 @@ it too, from as few parameters as LoRA's.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.adapter import Method, Reweight
 from inlay.core.base import Base
 from inlay.core.config import PeftType
-from inlay.core.numbers import check_dropout, check_one_of, check_whole
+from inlay.core.limits import Dropout, Rank
 from inlay.core.targeted import TargetedConfig
 
 
@@ -28,35 +27,19 @@ class HiraConfig(TargetedConfig):
 
     method = PeftType.HIRA
 
-    r: int = 32
+    r: Rank = 32
     """Rank of B A."""
-    hira_dropout: float = 0.0
+    hira_dropout: Dropout = 0.0
     """Probability of zeroing an input of the update in training."""
     fan_in_fan_out: bool = False
     """PEFT's note that a weight is stored [in, out]; read from the layer, kept for the files."""
     init_weights: bool | Literal["gaussian"] = True
     """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. False: both
     random, for tests."""
-    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    rank_pattern: dict[str, Rank] = dataclasses.field(default_factory=dict)
     """Rank of the modules whose path ends in the key (a regular expression), instead of r."""
 
-    by_site: ClassVar[tuple[str, ...]] = ("rank_pattern",)
-
-    def __post_init__(self) -> None:
-        """Refuse ranks and switches that cannot be."""
-        super().__post_init__()
-        for name, rank in (("r", self.r), *self.rank_pattern.items()):
-            check_whole(name, rank)
-        check_dropout("hira_dropout", self.hira_dropout)
-        check_one_of("init_weights", self.init_weights, (True, False, "gaussian"))
-
-    def at(self, site: str) -> Self:
-        """Return the settings at `site`, its own rank resolved."""
-        if not self.rank_pattern:
-            return self
-        here = copy.copy(self)
-        object.__setattr__(here, "r", self.site_keys("rank_pattern").first(site, self.r))
-        return here
+    by_site: ClassVar[Mapping[str, str]] = {"rank_pattern": "r"}
 
 
 class Hira(Reweight):
@@ -65,11 +48,9 @@ class Hira(Reweight):
     on = frozenset({"linear", "conv", "embedding"})
     config: HiraConfig
 
-    def __init__(
-        self, config: HiraConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make A [R, I] and B [O, R]."""
-        super().__init__(config, base, device=device)
+        config = self.config
         self.hira_A = self.parameter(config.r, base.shape[1])
         self.hira_B = self.parameter(base.shape[0], config.r)
 

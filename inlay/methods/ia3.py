@@ -9,7 +9,6 @@ import copy
 import dataclasses
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
 from inlay.core import patterns
@@ -17,7 +16,6 @@ from inlay.core.adapter import Method, Reweight
 from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
-from inlay.core.numbers import check_one_of
 from inlay.core.targeted import TargetedConfig, listed
 
 USUAL: dict[str, str] = {
@@ -62,7 +60,6 @@ class IA3Config(TargetedConfig):
     def __post_init__(self) -> None:
         """Refuse switches that cannot be, and feed-forward modules that are no targets."""
         super().__post_init__()
-        check_one_of("init_ia3_weights", self.init_ia3_weights, (True, False))
         named = listed("feedforward_modules", self.feedforward_modules)
         object.__setattr__(self, "feedforward_modules", named)
         if isinstance(named, list) and isinstance(self.target_modules, list):
@@ -100,11 +97,9 @@ class IA3(Reweight):
     on = frozenset({"linear", "conv"})
     config: IA3Config
 
-    def __init__(
-        self, config: IA3Config, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make l, in the shape it has in PEFT's files."""
-        super().__init__(config, base, device=device)
+        config = self.config
         (_, channels, *kernel), (outputs, *_) = base.file_shapes(1)
         if kernel:
             shape = [1, channels if config.feeds else outputs, *[1] * len(kernel)]

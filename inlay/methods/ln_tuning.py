@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inlay.core.adapter import Method, Reweight
 from inlay.core.base import Base
-from inlay.core.config import AdapterConfig, PeftType
+from inlay.core.config import PeftType
 from inlay.core.targeted import TargetedConfig
 
 
@@ -33,11 +33,8 @@ class LNTuning(Reweight):
     on = frozenset({"norm"})
     bias: torch.nn.Parameter | None
 
-    def __init__(
-        self, config: AdapterConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make w [O], and b [O] where the norm has one."""
-        super().__init__(config, base, device=device)
         self.weight = self.parameter(base.shape[0])
         self.bias = None if base.bias() is None else self.parameter(base.shape[0])
 

@@ -5,11 +5,11 @@ Hu et al., arXiv:2106.09685; the square root is rsLoRA's, arXiv:2312.03732.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import re
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,10 @@ from inlay.core.adapter import Adapter, Delta, Method
 from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
+from inlay.core.limits import Dropout, Rank, Scale
 from inlay.core.targeted import TargetedConfig
 
 INITS = re.compile(r"gaussian|pissa|pissa_niter_\d{1,2}|olora|orthogonal")
-MOST_RANK = 65_536
-"""Largest rank: beyond the width of any layer, a higher one only costs memory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,11 +31,11 @@ class LoraConfig(TargetedConfig):
 
     method = PeftType.LORA
 
-    r: int = 8
+    r: Rank = 8
     """Rank of the update."""
-    lora_alpha: float = 8
+    lora_alpha: Scale = 8
     """Numerator of the scale: the update is multiplied by lora_alpha / r."""
-    lora_dropout: float = 0.0
+    lora_dropout: Dropout = 0.0
     """Probability of zeroing an input of the update in training."""
     fan_in_fan_out: bool = False
     """PEFT's note that a weight is stored [in, out]; read from the layer, kept for the files."""
@@ -50,9 +49,9 @@ class LoraConfig(TargetedConfig):
     """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. False: both
     random, for tests. Computed from the layer's weight: "pissa", "pissa_niter_4" (or another number
     of rounds), "olora", "orthogonal"."""
-    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    rank_pattern: dict[str, Rank] = dataclasses.field(default_factory=dict)
     """Rank of the modules whose path ends in the key (a regular expression), instead of r."""
-    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, Scale] = dataclasses.field(default_factory=dict)
     """lora_alpha of the modules whose path ends in the key (a regular expression)."""
 
     megatron_config: dict[str, Any] | None = None
@@ -94,7 +93,7 @@ class LoraConfig(TargetedConfig):
     ensure_weight_tying: bool = False
     """PEFT's switch for tied adapters on tied embeddings."""
 
-    by_site: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+    by_site: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
     not_yet: ClassVar[dict[str, str]] = dict.fromkeys(
         (
             "megatron_config",
@@ -122,18 +121,6 @@ class LoraConfig(TargetedConfig):
     def __post_init__(self) -> None:
         """Refuse ranks, scales and switches that cannot be."""
         super().__post_init__()
-        for name, rank in (("r", self.r), *self.rank_pattern.items()):
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise UserError(f"{name}={rank!r} is no rank: give a whole number of at least 1")
-            if rank > MOST_RANK:
-                raise UserError(f"{name} is a rank no layer can hold: give at most {MOST_RANK}")
-        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
-            raise UserError(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1")
-        for name, alpha in (("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()):
-            if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-                raise UserError(f"{name}={alpha!r} is no scale: give a finite number")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise UserError(f"bias={self.bias!r} is not one of none, all, lora_only")
         if not isinstance(self.init_lora_weights, bool) and not INITS.fullmatch(
             str(self.init_lora_weights)
         ):
@@ -151,16 +138,6 @@ class LoraConfig(TargetedConfig):
                 f"bias={self.bias!r} has no place in the files of "
                 f"init_lora_weights={self.init_lora_weights!r}: take 'pissa' itself"
             )
-
-    def at(self, site: str) -> Self:
-        """Return the settings at `site`, its own rank and alpha resolved."""
-        if not (self.rank_pattern or self.alpha_pattern):
-            return self
-        here = copy.copy(self)  # its values were checked when the configuration was made
-        for field, by_site in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-            value = self.site_keys(by_site).first(site, getattr(self, field))
-            object.__setattr__(here, field, value)
-        return here
 
     @property
     def start(self) -> str | None:

@@ -19,7 +19,7 @@ from inlay.core.adapter import Delta, Method
 from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
-from inlay.core.numbers import check_dropout, check_one_of, check_whole
+from inlay.core.limits import Dropout, Rank
 from inlay.core.targeted import TargetedConfig
 
 
@@ -29,25 +29,16 @@ class MissConfig(TargetedConfig):
 
     method = PeftType.MISS
 
-    r: int = 64
+    r: Rank = 64
     """Rows of M: how many inputs stand side by side before the sharing starts over."""
-    miss_dropout: float = 0.0
+    miss_dropout: Dropout = 0.0
     """Probability of zeroing an input of the update in training."""
-    mini_r: int = 1
+    mini_r: Rank = 1
     """With init_weights "mini": outputs of M before it repeats; must divide the layer's outputs."""
     init_weights: bool | Literal["bat", "mini"] = True
     """The form: True as above, "bat" or "mini"; all start at zero. False: random, for tests."""
     bias: Literal["none", "all", "MiSS_only"] = "none"
     """Which biases train too: none, every one of the model, or those of the adapted layers."""
-
-    def __post_init__(self) -> None:
-        """Refuse ranks and forms that cannot be."""
-        super().__post_init__()
-        check_whole("r", self.r)
-        check_whole("mini_r", self.mini_r)
-        check_dropout("miss_dropout", self.miss_dropout)
-        check_one_of("init_weights", self.init_weights, (True, False, "bat", "mini"))
-        check_one_of("bias", self.bias, ("none", "all", "MiSS_only"))
 
 
 class Miss(Delta):
@@ -56,11 +47,9 @@ class Miss(Delta):
     on = frozenset({"linear"})
     config: MissConfig
 
-    def __init__(
-        self, config: MissConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make M, or the blocks; UserError where the layer does not divide into them."""
-        super().__init__(config, base, device=device)
+        config = self.config
         r, (outputs, inputs) = config.r, base.shape
         if r > inputs:
             raise UserError(f"r={r} is more than a layer of {inputs} inputs can share: lower it")

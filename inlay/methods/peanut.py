@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from inlay.core.adapter import Method, Reweight
 from inlay.core.base import Base
 from inlay.core.config import PeftType
-from inlay.core.numbers import check_finite, check_one_of, check_whole
+from inlay.core.limits import Rank, Scale
+from inlay.core.numbers import check_one_of, check_whole
 from inlay.core.targeted import TargetedConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -46,13 +47,13 @@ class PeanutConfig(TargetedConfig):
 
     method = PeftType.PEANUT
 
-    r: int = 32
+    r: Rank = 32
     """Width R of the network."""
     depth: int = 0
     """Hidden layers on each side of the network's middle."""
     act_fn: str = "relu"
     """The network's activation, by transformers' name."""
-    scaling: float = 1.0
+    scaling: Scale = 1.0
     """The factor s of the update."""
     init_weights: bool = True
     """True: all Kaiming-uniform, but B zero. False: B random too, for tests."""
@@ -60,11 +61,8 @@ class PeanutConfig(TargetedConfig):
     def __post_init__(self) -> None:
         """Refuse widths, depths and activations that cannot be."""
         super().__post_init__()
-        check_whole("r", self.r)
         check_whole("depth", self.depth, least=0, most=MOST_DEPTH)
-        check_finite("scaling", self.scaling)
         check_one_of("act_fn", self.act_fn, ACTIVATIONS)
-        check_one_of("init_weights", self.init_weights, (True, False))
 
 
 class Peanut(Reweight):
@@ -73,11 +71,9 @@ class Peanut(Reweight):
     on = frozenset({"linear"})
     config: PeanutConfig
 
-    def __init__(
-        self, config: PeanutConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make A [R, O], the hidden layers [depth, R, R] and B [O, R]."""
-        super().__init__(config, base, device=device)
+        config = self.config
         r, outputs = config.r, base.shape[0]
         self.peanut_A = self.parameter(r, outputs)
         self.peanut_B = self.parameter(outputs, r)

@@ -55,11 +55,9 @@ class PromptTuning(Virtual):
 
     config: PromptTuningConfig
 
-    def __init__(
-        self, config: PromptTuningConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make P."""
-        super().__init__(config, base, device=device)
+        config = self.config
         told = config.num_virtual_tokens, config.num_transformer_submodules, config.token_dim
         count, twice, width = (n or 0 for n in told)  # `filled` has filled them in
         if width != word_embeddings(base.module).weight.shape[1]:

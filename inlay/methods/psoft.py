@@ -18,7 +18,8 @@ from inlay.core.adapter import Delta, Method
 from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
-from inlay.core.numbers import check_dropout, check_finite, check_one_of, check_whole
+from inlay.core.limits import Dropout, Rank, Scale, Seed
+from inlay.core.numbers import check_whole
 from inlay.core.targeted import TargetedConfig
 
 
@@ -28,11 +29,11 @@ class PsoftConfig(TargetedConfig):
 
     method = PeftType.PSOFT
 
-    r: int = 32
+    r: Rank = 32
     """Singular vectors that are turned."""
-    psoft_alpha: float = 32
+    psoft_alpha: Scale = 32
     """Numerator of the scale s = psoft_alpha / r, by which A and B are made the smaller."""
-    psoft_dropout: float = 0.0
+    psoft_dropout: Dropout = 0.0
     """Probability of zeroing an input of the update in training."""
     fan_in_fan_out: bool = False
     """PEFT's note that a weight is stored [in, out]; read from the layer, kept for the files."""
@@ -42,7 +43,7 @@ class PsoftConfig(TargetedConfig):
     """How the singular vectors are found: exactly, or by random projection."""
     psoft_svd_lowrank_niter: int = 10
     """Iterations of the random projection."""
-    random_seed: int = 0
+    random_seed: Seed = 0
     """Seed of the random projection: a file holds R alone, so its vectors must be found again."""
     psoft_orth: bool = True
     """Whether R is orthogonal."""
@@ -62,14 +63,8 @@ class PsoftConfig(TargetedConfig):
     def __post_init__(self) -> None:
         """Refuse ranks, scales and switches that cannot be."""
         super().__post_init__()
-        check_whole("r", self.r)
         check_whole("psoft_svd_lowrank_niter", self.psoft_svd_lowrank_niter, least=0, most=1000)
-        check_whole("random_seed", self.random_seed, least=0, most=2**63 - 1)
         check_whole("num_cayley_neumann_terms", self.num_cayley_neumann_terms, most=1000)
-        check_finite("psoft_alpha", self.psoft_alpha)
-        check_dropout("psoft_dropout", self.psoft_dropout)
-        check_one_of("ab_svd_init", self.ab_svd_init, ("psoft_init", "pissa_init"))
-        check_one_of("psoft_svd", self.psoft_svd, ("full", "lowrank"))
         if not self.psoft_alpha > 0:
             raise UserError(f"psoft_alpha={self.psoft_alpha!r} must be above 0")
         eps = self.cayley_neumann_eps
@@ -85,11 +80,9 @@ class Psoft(Delta):
     A: Tensor
     B: Tensor
 
-    def __init__(
-        self, config: PsoftConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make Q's numbers, G and H; find A and B in the weight, which no file has."""
-        super().__init__(config, base, device=device)
+        config = self.config
         k = config.r
         if k > min(base.shape):
             raise UserError(f"r={k} is more than a layer {list(base.shape)} has: lower it")

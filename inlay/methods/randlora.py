@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from inlay.core.adapter import Delta, Method, Shared
 from inlay.core.base import Base
 from inlay.core.config import PeftType
-from inlay.core.numbers import check_dropout, check_finite, check_one_of, check_whole
+from inlay.core.limits import Dropout, Rank, Scale, Seed
 from inlay.core.targeted import TargetedConfig
+from inlay.methods._drawn import Drawn, largest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,9 +35,9 @@ class RandLoraConfig(TargetedConfig):
 
     method = PeftType.RANDLORA
 
-    r: int = 32
+    r: Rank = 32
     """Rank of one basis: the higher it is, the fewer bases and trained numbers."""
-    projection_prng_key: int = 0
+    projection_prng_key: Seed = 0
     """Seed that A and B are drawn from."""
     save_projection: bool = True
     """Whether a file holds A and B, once a layer; without, they are drawn from the seed again."""
@@ -44,64 +45,27 @@ class RandLoraConfig(TargetedConfig):
     """Draw A and B from -1, 0, 1 with probabilities 1/6, 2/3, 1/6."""
     very_sparse: bool = False
     """As sparse, with fewer entries that are not 0: one in sqrt(m)."""
-    randlora_dropout: float = 0.0
+    randlora_dropout: Dropout = 0.0
     """Probability of zeroing an input of the update in training."""
     fan_in_fan_out: bool = False
     """PEFT's note that a weight is stored [in, out]; read from the layer, kept for the files."""
-    randlora_alpha: float = 640
+    randlora_alpha: Scale = 640
     """Numerator of the scale: the update is multiplied by randlora_alpha / r."""
     bias: Literal["none", "all", "randlora_only"] = "none"
     """Which biases train too: none, every one of the model, or those of the adapted layers."""
     init_weights: bool = True
     """True: l zero, g constant. False: l random, for tests."""
 
-    def __post_init__(self) -> None:
-        """Refuse ranks, seeds and scales that cannot be."""
-        super().__post_init__()
-        check_whole("r", self.r)
-        check_whole("projection_prng_key", self.projection_prng_key, least=0, most=2**63 - 1)
-        check_dropout("randlora_dropout", self.randlora_dropout)
-        check_finite("randlora_alpha", self.randlora_alpha)
-        for switch in ("save_projection", "sparse", "very_sparse", "init_weights"):
-            check_one_of(switch, getattr(self, switch), (True, False))
-        check_one_of("bias", self.bias, ("none", "all", "randlora_only"))
 
-
-class Bases(Shared):
-    """A [R, 1, largest m] and B [largest M, largest N, R], frozen."""
+class Bases(Drawn):
+    """A [R, 1, largest m] and B [largest M, largest N, R], each of standard deviation 1."""
 
     randlora_A: Tensor
-    randlora_B: Tensor
 
-    def __init__(
-        self, config: RandLoraConfig, bases: Sequence[Base], device: torch.device | None
-    ) -> None:
-        """Draw both, or on the meta device only say their sizes."""
-        super().__init__()
-        self.config, self._device, self._dtype = config, bases[0].device, bases[0].adapter_dtype
-        # of the largest O and the largest I, which need not be one layer's
-        large, small = sorted(
-            (max(base.shape[side] for base in bases) for side in (0, 1)), reverse=True
-        )
-        shapes = {
-            "randlora_A": (config.r, 1, small),
-            "randlora_B": (large, math.ceil(small / config.r), config.r),
-        }
-        for name, shape in shapes.items():
-            empty = torch.empty(shape, device="meta", dtype=self._dtype)
-            self.register_buffer(name, empty, persistent=config.save_projection)
-        if device is None or device.type != "meta":
-            self.complete()
-
-    def complete(self) -> None:
-        """Draw what has no memory yet, A before B, each of standard deviation 1."""
-        if not self.randlora_A.is_meta:
-            return
-        # on the CPU wherever they go, so that a seed means the same numbers
-        generator = torch.Generator().manual_seed(self.config.projection_prng_key)
-        for name in ("randlora_A", "randlora_B"):
-            drawn = self._drawn(getattr(self, name).shape, generator)
-            setattr(self, name, (drawn / drawn.std()).to(self._device, self._dtype))
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """Return one of them."""
+        drawn = self._drawn(shape, generator)
+        return drawn / drawn.std()
 
     def _drawn(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
         if not (self.config.sparse or self.config.very_sparse):
@@ -118,12 +82,6 @@ class Bases(Shared):
         even = torch.rand(shape, generator=generator)
         return (even > 1 - share).float() - (even < share).float()
 
-    def keys(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return PEFT's names, where both are saved."""
-        if not self.config.save_projection:
-            return {}
-        return {name: (name, tuple(tensor.shape)) for name, tensor in self.named_buffers()}
-
 
 class RandLora(Delta):
     """The update of one layer."""
@@ -131,29 +89,23 @@ class RandLora(Delta):
     on = frozenset({"linear"})
     config: RandLoraConfig
 
-    def __init__(
-        self,
-        config: RandLoraConfig,
-        base: Base,
-        *,
-        device: torch.device | None = None,
-        shared: Shared | None = None,
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make l [R, N] and g [N, m], and take A and B from `shared`."""
-        super().__init__(config, base, device=device)
+        config = self.config
         self.small, self.large = sorted(base.shape)
         self.lies = base.shape[1] > base.shape[0]
         count = math.ceil(self.small / config.r)
         self.randlora_lambda = self.parameter(config.r, count)
         self.randlora_gamma = self.parameter(count, self.small)
-        self.hold(shared or self.share(config, [base], device=device))
 
     @classmethod
     def share(
         cls, config: RandLoraConfig, bases: Sequence[Base], *, device: torch.device | None = None
     ) -> Shared:
         """Return A and B, large enough for every layer."""
-        return Bases(config, bases, device)
+        small, large = sorted(largest(bases))
+        shapes = (config.r, 1, small), (large, math.ceil(small / config.r), config.r)
+        return Bases(config, bases, device, randlora_A=shapes[0], randlora_B=shapes[1])
 
     def reset(self, base: Base) -> None:
         """Start from an update of zero."""
@@ -168,10 +120,10 @@ class RandLora(Delta):
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return s B [M, N R] and diag(l) A diag(g) [N R, m], transposed where O < I."""
         (held,) = self._held
-        assert isinstance(held, Bases)
+        shared_a, shared_b = held.get_buffer("randlora_A"), held.get_buffer("randlora_B")
         weights, g = self.randlora_lambda.to(dtype), self.randlora_gamma.to(dtype)
-        a = held.randlora_A[..., : self.small].to(g.device, dtype)
-        b = held.randlora_B[: self.large, : len(g)].to(g.device, dtype)
+        a = shared_a[..., : self.small].to(g.device, dtype)
+        b = shared_b[: self.large, : len(g)].to(g.device, dtype)
         low = (weights[:, :, None] * a * g).flatten(0, 1)
         # rows by (rank, basis), columns by (basis, rank): what PEFT's files mean
         high = self.config.randlora_alpha / self.config.r * b.flatten(1)

@@ -22,7 +22,7 @@ from inlay.core.adapter import Method, Reweight
 from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
-from inlay.core.numbers import check_one_of, check_whole
+from inlay.core.numbers import check_whole
 from inlay.core.targeted import TargetedConfig
 
 PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}
@@ -51,8 +51,6 @@ class RoadConfig(TargetedConfig):
     def __post_init__(self) -> None:
         """Refuse variants and groups that cannot be."""
         super().__post_init__()
-        check_one_of("variant", self.variant, PER_PAIR)
-        check_one_of("init_weights", self.init_weights, (True, False))
         check_whole("group_size", self.group_size, least=2)
         if self.group_size % 2:
             raise UserError(f"group_size={self.group_size} must be even: its halves are paired")
@@ -64,11 +62,9 @@ class Road(Reweight):
     on = frozenset({"linear"})
     config: RoadConfig
 
-    def __init__(
-        self, config: RoadConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make the angles and scales; UserError where the outputs do not divide into groups."""
-        super().__init__(config, base, device=device)
+        config = self.config
         outputs = base.shape[0]
         if outputs % config.group_size:
             raise UserError(

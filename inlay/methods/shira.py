@@ -15,7 +15,7 @@ from inlay.core.adapter import Delta, Method
 from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
-from inlay.core.numbers import check_one_of, check_whole
+from inlay.core.limits import Rank, Seed
 from inlay.core.targeted import TargetedConfig
 
 
@@ -25,11 +25,11 @@ class ShiraConfig(TargetedConfig):
 
     method = PeftType.SHIRA
 
-    r: int = 32
+    r: Rank = 32
     """Rank of a LoRA with as many parameters: r (I + O) entries of the weight train."""
     mask_type: str = "random"
     """How the places are chosen: "random". A file with another kind carries its places along."""
-    random_seed: int | None = None
+    random_seed: Seed | None = None
     """Seed of the places, the same for layers of one size; None draws them from torch's own."""
     fan_in_fan_out: bool = False
     """PEFT's note that a weight is stored [in, out]; read from the layer, kept for the files."""
@@ -42,14 +42,6 @@ class ShiraConfig(TargetedConfig):
         "layers_pattern",
     )
 
-    def __post_init__(self) -> None:
-        """Refuse ranks and seeds that cannot be."""
-        super().__post_init__()
-        check_whole("r", self.r)
-        check_one_of("init_weights", self.init_weights, (True, False))
-        if self.random_seed is not None:
-            check_whole("random_seed", self.random_seed, least=0, most=2**63 - 1)
-
 
 class Shira(Delta):
     """The sparse update of one layer."""
@@ -57,11 +49,9 @@ class Shira(Delta):
     config: ShiraConfig
     shira_indices: Tensor
 
-    def __init__(
-        self, config: ShiraConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make the values [N] and their places [2, N]; UserError where the layer has too few."""
-        super().__init__(config, base, device=device)
+        config = self.config
         outputs, inputs = base.shape
         count, most = config.r * (inputs + outputs), inputs * outputs
         if count > most:

@@ -17,7 +17,7 @@ from inlay.core.adapter import Method, Reweight
 from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
-from inlay.core.numbers import check_one_of, check_whole
+from inlay.core.numbers import check_whole
 from inlay.core.targeted import TargetedConfig
 
 
@@ -43,7 +43,6 @@ class TrainableTokensConfig(TargetedConfig):
     def __post_init__(self) -> None:
         """Refuse ids that cannot be, and one given twice."""
         super().__post_init__()
-        check_one_of("init_weights", self.init_weights, (True, False))
         if not isinstance(self.token_indices, list | tuple):
             raise UserError(
                 f"token_indices={self.token_indices!r:.200} must be a list of token ids"
@@ -80,12 +79,9 @@ class TrainableTokens(Reweight):
     config: TrainableTokensConfig
     index: Tensor
 
-    def __init__(
-        self, config: TrainableTokensConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make T [N, dim]; UserError where there is no token, or one that the layer has not."""
-        super().__init__(config, base, device=device)
-        tokens, (outputs, inputs) = config.token_indices, base.shape
+        tokens, (outputs, inputs) = self.config.token_indices, base.shape
         self._axis = 1 if base.kind == "embedding" else 0
         vocabulary, width = (inputs, outputs) if self._axis else (outputs, inputs)
         if not tokens:

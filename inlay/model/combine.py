@@ -23,9 +23,10 @@ from torch import Tensor
 
 from inlay.core.adapter import Adapter, Copy
 from inlay.core.errors import UserError, nearest
+from inlay.core.numbers import check_whole
 from inlay.core.targeted import TargetedConfig
 from inlay.methods.lora import Lora, LoraConfig
-from inlay.model.lowrank import check_rank, of_matrix, of_product, set_lora
+from inlay.model.lowrank import of_matrix, of_product, set_lora
 from inlay.model.roster import Roster
 
 PRUNING = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
@@ -276,7 +277,7 @@ def _check_svd(roster: Roster, names: Sequence[str], way: Way) -> None:
                 )
         return
     if way.svd_rank is not None:
-        check_rank("svd_rank", way.svd_rank)
+        check_whole("svd_rank", way.svd_rank)
     clamp: Any = way.svd_clamp
     if clamp is not None and not (isinstance(clamp, int | float) and 0.5 < clamp <= 1):
         raise UserError(f"svd_clamp={clamp!r} is a quantile, above 0.5 and at most 1")

@@ -20,9 +20,10 @@ from inlay.core.base import Base
 from inlay.core.config import AdapterConfig
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
+from inlay.core.numbers import check_whole
 from inlay.methods.lora import Lora, LoraConfig
 from inlay.model import targets
-from inlay.model.lowrank import Spectrum, check_rank, of_matrix, of_product, relative, set_lora
+from inlay.model.lowrank import Spectrum, of_matrix, of_product, relative, set_lora
 from inlay.model.roster import Roster
 
 
@@ -264,7 +265,7 @@ def _pairs(model: nn.Module, tuned: nn.Module) -> list[tuple[str, Tensor, Tensor
 
 def _check_rank(rank: int | float) -> None:
     if not isinstance(rank, float):
-        check_rank("rank", rank)
+        check_whole("rank", rank)
     elif not 0 < rank <= 1:
         raise UserError(
             f"rank={rank!r} as a share of the update's squares must be above 0 and at most 1"

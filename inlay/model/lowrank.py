@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from inlay.core import patterns
 from inlay.core.adapter import Copy
-from inlay.core.errors import UserError
-from inlay.methods.lora import MOST_RANK, Lora, LoraConfig
+from inlay.methods.lora import Lora, LoraConfig
 from inlay.model.places import spelled_out
 from inlay.model.roster import Roster
 
@@ -59,12 +58,6 @@ def of_product(b: Tensor, a: Tensor, driver: str | None = None) -> Spectrum:
     right, a_core = torch.linalg.qr(a.T)
     core = of_matrix(b_core @ a_core.T, driver)
     return Spectrum(left @ core.u, core.s, core.v @ right.T)
-
-
-def check_rank(field: str, rank: Any) -> None:
-    """Raise UserError where `rank` is no whole number a LoRA can have."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MOST_RANK:
-        raise UserError(f"{field}={rank!r} is no rank: give a whole number from 1 to {MOST_RANK}")
 
 
 def set_lora(

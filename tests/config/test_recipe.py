@@ -83,7 +83,7 @@ def test_a_wrong_type_names_key_value_and_what_is_expected(recipe, text, told):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("adapter:\n  r: -4\n", ["r=-4", "no rank", "recipe.yaml:2"]),
+        ("adapter:\n  r: -4\n", ["r=-4", "whole number", "recipe.yaml:2"]),
         ("train:\n  num_epochs: 0\n", ["train.num_epochs is 0", "recipe.yaml:2"]),
         ("data:\n  eval_fraction: 2\n", ["data.eval_fraction=2", "recipe.yaml:2"]),
         ("evaluate:\n  answers: -1\n", ["evaluate.answers", "0 or more", "recipe.yaml:2"]),

@@ -94,7 +94,7 @@ def test_a_number_may_be_written_in_any_way(line, rate):
 
 
 def test_a_negative_number_is_a_value():
-    with pytest.raises(UserError, match=r"r=-3 is no rank.*command line"):
+    with pytest.raises(UserError, match=r"r=-3 must be.*command line"):
         config("--adapter.r -3")
 
 

@@ -254,8 +254,8 @@ def test_what_is_combined_trains_when_it_is_selected_and_not_before() -> None:
         ({"combination_type": "ties", "density": 1.5}, "above 0 and at most 1"),
         ({"combination_type": "svd", "density": 0.5}, "density=0.5 has no meaning"),
         ({"combination_type": "cat", "svd_rank": 2}, "svd_rank=2 has no meaning"),
-        ({"svd_rank": 0}, "svd_rank=0 is no rank"),
-        ({"svd_rank": 2.0}, "svd_rank=2.0 is no rank"),
+        ({"svd_rank": 0}, "svd_rank=0 must be"),
+        ({"svd_rank": 2.0}, "svd_rank=2.0 must be"),
         ({"svd_clamp": 0.2}, "svd_clamp=0.2 is a quantile"),
         ({"svd_driver": "gesvd"}, "for CUDA only"),
         ({"svd_driver": "qr"}, "not one of gesvd"),
@@ -403,7 +403,7 @@ def test_a_lora_is_cut_where_peft_cuts_it(rank: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("rank", "reason"),
-    [(0, "is no rank"), (True, "is no rank"), (1.5, "at most 1"), (0.0, "above 0"), ("4", "rank")],
+    [(0, "a whole"), (True, "a whole"), (1.5, "at most 1"), (0.0, "above 0"), ("4", "rank")],
 )
 def test_a_rank_that_is_none_is_refused(rank: Any, reason: str) -> None:
     model = inlay.get_peft_model(Net(), config("up"))
