@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.base import Base, Kind, Layer, bare_copy
@@ -146,8 +147,13 @@ class Reweight(Adapter):
     def reweight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the adapted weight and bias, computed in the dtype of `weight`."""
 
+    keeps_bias: ClassVar[bool] = False
+    """Whether the adapted bias is the base's."""
+
     def rebias(self, base: Base) -> Tensor | None:
         """Return the adapted bias alone; a method that can say it without the weight does so."""
+        if self.keeps_bias:
+            return base.bias()
         return self.reweight(base.weight(), base.bias())[1]
 
     def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -183,18 +189,40 @@ class Delta(Reweight):
         trained = getattr(config, "bias", "none") != "none" and base.bias() is not None
         self.bias = self.parameter(base.shape[0]) if trained else None
 
-    @abstractmethod
-    def delta(self, dtype: torch.dtype) -> Tensor:
-        """Return the update [O, I] of the weight, computed in `dtype`."""
+    drops: ClassVar[str] = ""
+    """The field of the settings that says with what probability an input is zeroed in training."""
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Return B [O, R] and A [R, I] whose product is the delta, where it is one of thin two."""
         del dtype
         return None
 
-    @abstractmethod
+    def delta(self, dtype: torch.dtype) -> Tensor:
+        """Return the update [O, I] of the weight, computed in `dtype`: B A, or the method's own."""
+        b, a = self.factors(dtype)  # type: ignore[misc]
+        return b @ a
+
     def update(self, base: Base, x: Any) -> Tensor:
         """Return what the update adds to the output, without making the delta if that is less."""
+        x = self.dropped(x)
+        thin = self.factors(self.dtype)
+        if thin is None:
+            return base.apply(x, self.delta(self.dtype))
+        return base.up(base.down(x, thin[1]), thin[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the adapter's own parameters."""
+        return next(p for p in self._parameters.values() if p is not None).dtype
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return the input of the update, in its dtype and in training with dropout; ids as are."""
+        if not x.is_floating_point():
+            return x
+        x = x.to(self.dtype)
+        rate = getattr(self.config, self.drops) if self.drops else 0.0
+        # at 0 torch would still draw a mask and keep it
+        return F.dropout(x, rate, self.training) if rate else x
 
     def reset(self, base: Base) -> None:
         """Start the trained bias from the base's."""

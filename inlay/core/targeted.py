@@ -11,6 +11,9 @@ from inlay.core import patterns
 from inlay.core.config import AdapterConfig, plain
 from inlay.core.errors import UserError
 
+BY_LAYER = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""The fields of choosing modules that PEFT has in some methods' configurations only."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetedConfig(AdapterConfig):

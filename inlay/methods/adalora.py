@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.adapter import Delta, Method
@@ -106,6 +105,7 @@ class AdaLora(Delta):
     """The update s B diag(e) A of one layer, of rank config.r."""
 
     on = frozenset({"linear", "conv"})
+    drops = "lora_dropout"
     config: AdaLoraConfig
 
     def make(self, base: Base) -> None:
@@ -128,18 +128,11 @@ class AdaLora(Delta):
         a, b, e = (p.to(dtype) for p in (self.lora_A, self.lora_B, self.lora_E))
         return self.config.scaling * b, a * e
 
-    def delta(self, dtype: torch.dtype) -> Tensor:
-        """Return s B diag(e) A [O, I]."""
-        b, a = self.factors(dtype)
-        return b @ a
-
     def update(self, base: Base, x: Tensor) -> Tensor:
         """Return s B (diag(e) A x), never the product of the two."""
-        b, a = self.factors(self.lora_A.dtype)
-        if not len(a):  # every rank of this layer was taken away
-            return x.new_zeros((), dtype=a.dtype)
-        x = F.dropout(x.to(a.dtype), self.config.lora_dropout, self.training)
-        return base.up(base.down(x, a), b)
+        if not len(self.lora_A):  # every rank of this layer was taken away
+            return x.new_zeros((), dtype=self.dtype)
+        return super().update(base, x)
 
 
 METHOD = Method(AdaLoraConfig, AdaLora)

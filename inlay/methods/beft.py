@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from inlay.core.adapter import Method, Reweight
 from inlay.core.base import Base
 from inlay.core.config import PeftType
-from inlay.core.targeted import TargetedConfig
+from inlay.core.targeted import BY_LAYER, TargetedConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,11 +26,7 @@ class BeftConfig(TargetedConfig):
     """True: the vectors start at 0. False: random, for tests."""
 
     everywhere: ClassVar[bool] = False
-    unwritten: ClassVar[tuple[str, ...]] = (
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-    )
+    unwritten = BY_LAYER
 
 
 class Beft(Reweight):

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.adapter import Delta, Method
@@ -56,6 +55,7 @@ class DeloraConfig(TargetedConfig):
 class Delora(Delta):
     """The update of one layer."""
 
+    drops = "module_dropout"
     config: DeloraConfig
     delora_w_norm: Tensor
 
@@ -86,18 +86,6 @@ class Delora(Delta):
         lengths = a.norm(dim=1).clamp(min=SHORTEST) * b.norm(dim=0).clamp(min=SHORTEST)
         scale = self.delora_lambda.to(dtype) / self.config.r / lengths
         return b * scale, a * self.delora_w_norm.to(dtype)
-
-    def delta(self, dtype: torch.dtype) -> Tensor:
-        """Return the update [O, I]."""
-        b, a = self.factors(dtype)
-        return b @ a
-
-    def update(self, base: Base, x: Tensor) -> Tensor:
-        """Return B (A x), both scaled, never the product of the two."""
-        b, a = self.factors(self.delora_A.dtype)
-        if x.is_floating_point():
-            x = F.dropout(x.to(a.dtype), self.config.module_dropout, self.training)
-        return base.up(base.down(x, a), b)
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return PEFT's names: the parameters', and that of the norms."""

@@ -18,7 +18,7 @@ from inlay.core.adapter import Method, Reweight
 from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.limits import Rank
-from inlay.core.targeted import TargetedConfig
+from inlay.core.targeted import BY_LAYER, TargetedConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,7 @@ class GloraConfig(TargetedConfig):
     """True: no change; of what is low-rank, one factor is random. False: all is, for tests."""
 
     not_yet: ClassVar[dict[str, str]] = {"bias": "E trains a layer's bias; say config_D_E='vector'"}
-    unwritten: ClassVar[tuple[str, ...]] = (
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-    )
+    unwritten = BY_LAYER
 
 
 class Glora(Reweight):

@@ -15,7 +15,6 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.adapter import Delta, Method
@@ -63,6 +62,7 @@ class Gralora(Delta):
     """The update of one layer."""
 
     on = frozenset({"linear"})
+    drops = "gralora_dropout"
     config: GraloraConfig
 
     def make(self, base: Base) -> None:
@@ -115,7 +115,7 @@ class Gralora(Delta):
     def update(self, base: Base, x: Tensor) -> Tensor:
         """Return the update's share from the thin factors alone."""
         a, b = self._cut(self.gralora_A.dtype)
-        x = F.dropout(x.to(a.dtype), self.config.gralora_dropout, self.training)
+        x = self.dropped(x)
         pieces = x.reshape(*x.shape[:-1], a.shape[0], a.shape[1])
         h = torch.einsum("...ni,nijs->...jns", pieces, a)
         out = torch.einsum("...jns,jnso->...jo", h, b).flatten(-2)

@@ -45,6 +45,7 @@ class HiraConfig(TargetedConfig):
 class Hira(Reweight):
     """The factor 1 + B A on each entry of one layer's weight."""
 
+    keeps_bias = True
     on = frozenset({"linear", "conv", "embedding"})
     config: HiraConfig
 
@@ -76,10 +77,6 @@ class Hira(Reweight):
     def reweight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W + W * (B A), and the bias as it is."""
         return weight + self._delta(weight), bias
-
-    def rebias(self, base: Base) -> Tensor | None:
-        """Return the bias as it is."""
-        return base.bias()
 
     def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return base(x) and the update's share; of an embedding only the rows that are asked."""

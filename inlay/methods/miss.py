@@ -45,6 +45,7 @@ class Miss(Delta):
     """The update of one layer; in the form "bat" it depends on the weight below."""
 
     on = frozenset({"linear"})
+    drops = "miss_dropout"
     config: MissConfig
 
     def make(self, base: Base) -> None:
@@ -104,7 +105,7 @@ class Miss(Delta):
     def update(self, base: Base, x: Tensor) -> Tensor:
         """Return D x: but for "bat", from sums of x alone."""
         dtype = self.miss_block.dtype
-        x = F.dropout(x.to(dtype), self.config.miss_dropout, self.training)
+        x = self.dropped(x)
         if self._bat:
             return base.apply(x, self._delta(base.weight().to(dtype)))
         r = self.config.r

@@ -68,6 +68,7 @@ class PeanutConfig(TargetedConfig):
 class Peanut(Reweight):
     """The network over one layer's weight."""
 
+    keeps_bias = True
     on = frozenset({"linear"})
     config: PeanutConfig
 
@@ -104,10 +105,6 @@ class Peanut(Reweight):
         for i in range(config.depth):
             h = self._hidden("decoders", i, h) + before.pop()
         return weight + config.scaling * (self.peanut_B.to(weight.dtype) @ h.T), bias
-
-    def rebias(self, base: Base) -> Tensor | None:
-        """Return the bias as it is."""
-        return base.bias()
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return PEFT's names: each part is a linear layer, the hidden ones in a list."""

@@ -11,7 +11,6 @@ import dataclasses
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.adapter import Delta, Method
@@ -76,6 +75,7 @@ class Psoft(Delta):
     """The turned principal part of one layer."""
 
     on = frozenset({"linear"})
+    drops = "psoft_dropout"
     config: PsoftConfig
     A: Tensor
     B: Tensor
@@ -126,17 +126,6 @@ class Psoft(Delta):
         """Return s B (G R H - 1) [O, K] and A [K, I]."""
         scale = self.config.psoft_alpha / self.config.r
         return scale * (self.B.to(dtype) @ self._turn(dtype)), self.A.to(dtype)
-
-    def delta(self, dtype: torch.dtype) -> Tensor:
-        """Return s B (G R H - 1) A [O, I]."""
-        b, a = self.factors(dtype)
-        return b @ a
-
-    def update(self, base: Base, x: Tensor) -> Tensor:
-        """Return the update's share from the thin factors alone."""
-        b, a = self.factors(self.weight.dtype)
-        x = F.dropout(x.to(a.dtype), self.config.psoft_dropout, self.training)
-        return base.up(base.down(x, a), b)
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return PEFT's names: the parameters are those of a module `psoft_R`."""

@@ -55,6 +55,7 @@ class PveraConfig(TargetedConfig):
 class Pvera(Vera):
     """The update of one layer."""
 
+    drops = "pvera_dropout"
     prefix = "pvera"
     rows = 2
 

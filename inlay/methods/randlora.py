@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.adapter import Delta, Method, Shared
@@ -87,6 +86,7 @@ class RandLora(Delta):
     """The update of one layer."""
 
     on = frozenset({"linear"})
+    drops = "randlora_dropout"
     config: RandLoraConfig
 
     def make(self, base: Base) -> None:
@@ -128,17 +128,6 @@ class RandLora(Delta):
         # rows by (rank, basis), columns by (basis, rank): what PEFT's files mean
         high = self.config.randlora_alpha / self.config.r * b.flatten(1)
         return (low.T, high.T) if self.lies else (high, low)
-
-    def delta(self, dtype: torch.dtype) -> Tensor:
-        """Return the update [O, I]."""
-        high, low = self.factors(dtype)
-        return high @ low
-
-    def update(self, base: Base, x: Tensor) -> Tensor:
-        """Return the update's share; the product of full rank is not made."""
-        high, low = self.factors(self.randlora_lambda.dtype)
-        x = F.dropout(x.to(low.dtype), self.config.randlora_dropout, self.training)
-        return base.up(base.down(x, low), high)
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return PEFT's names, which repeat A and B under every layer."""

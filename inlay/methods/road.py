@@ -13,7 +13,7 @@ have c and s [2 O], in each group g of c and then g of s.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
 from inlay.core.numbers import check_whole
-from inlay.core.targeted import TargetedConfig
+from inlay.core.targeted import BY_LAYER, TargetedConfig
 
 PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}
 """Angles that each pair of outputs has of its own."""
@@ -42,11 +42,7 @@ class RoadConfig(TargetedConfig):
     init_weights: bool = True
     """True: no turn, and scale 1. False: random, for tests."""
 
-    unwritten: ClassVar[tuple[str, ...]] = (
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-    )
+    unwritten = BY_LAYER
 
     def __post_init__(self) -> None:
         """Refuse variants and groups that cannot be."""

@@ -6,7 +6,6 @@ N = r (I + O) places, drawn once at random, hold the values; as many as a LoRA o
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
 from inlay.core.limits import Rank, Seed
-from inlay.core.targeted import TargetedConfig
+from inlay.core.targeted import BY_LAYER, TargetedConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,11 +35,7 @@ class ShiraConfig(TargetedConfig):
     init_weights: bool = True
     """True: the entries start at zero. False: random, for tests."""
 
-    unwritten: ClassVar[tuple[str, ...]] = (
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-    )
+    unwritten = BY_LAYER
 
 
 class Shira(Delta):
@@ -80,16 +75,11 @@ class Shira(Delta):
         nn.init.normal_(self.shira_weight, std=0.0 if config.init_weights else 1.0)
 
     def delta(self, dtype: torch.dtype) -> Tensor:
-        """Return S [O, I]."""
+        """Return S [O, I]; dense, for a product faster than a sparse one at these densities."""
         rows, columns = self.shira_indices.long()
         empty = torch.zeros(self._shape, device=self.shira_weight.device, dtype=dtype)
         # a file may name a place twice: both entries count
         return empty.index_put((rows, columns), self.shira_weight.to(dtype), accumulate=True)
-
-    def update(self, base: Base, x: Tensor) -> Tensor:
-        """Return S x; a dense product, faster than a sparse one at these densities."""
-        dtype = self.shira_weight.dtype
-        return base.apply(x.to(dtype) if x.is_floating_point() else x, self.delta(dtype))
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return PEFT's names: the values', and the places'."""

@@ -18,7 +18,7 @@ from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
 from inlay.core.numbers import check_whole
-from inlay.core.targeted import TargetedConfig
+from inlay.core.targeted import BY_LAYER, TargetedConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,7 @@ class TrainableTokensConfig(TargetedConfig):
     """True: they start as they are in the base. False: random, for tests."""
 
     everywhere: ClassVar[bool] = False
-    unwritten: ClassVar[tuple[str, ...]] = (
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "modules_to_save",
-    )
+    unwritten = (*BY_LAYER, "modules_to_save")
 
     def __post_init__(self) -> None:
         """Refuse ids that cannot be, and one given twice."""
@@ -74,6 +69,7 @@ class TrainableTokensConfig(TargetedConfig):
 class TrainableTokens(Reweight):
     """The rows of the trained tokens in one embedding, or head."""
 
+    keeps_bias = True
     on = frozenset({"embedding", "linear"})
     carries = False
     config: TrainableTokensConfig
@@ -109,10 +105,6 @@ class TrainableTokens(Reweight):
         """Return W with the tokens' columns (rows in a head) exchanged, and the bias."""
         rows = self.trainable_tokens_delta.to(weight.dtype)
         return weight.index_copy(self._axis, self.index, rows.T if self._axis else rows), bias
-
-    def rebias(self, base: Base) -> Tensor | None:
-        """Return the bias as it is."""
-        return base.bias()
 
 
 METHOD = Method(TrainableTokensConfig, TrainableTokens)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.adapter import Delta, Method
@@ -51,6 +50,7 @@ class Vera(Delta):
 
     on = frozenset({"linear"})
     config: Any
+    drops = "vera_dropout"
     prefix: ClassVar[str] = "vera"
     """What PEFT's names of its settings and tensors begin with."""
     rows: ClassVar[int] = 1
@@ -103,11 +103,6 @@ class Vera(Delta):
         (high, low), (b, d), r = self.matrices(dtype), self.vectors(), self.config.r
         return b.to(dtype)[:, None] * high, d[:r].to(dtype)[:, None] * low[:r]
 
-    def delta(self, dtype: torch.dtype) -> Tensor:
-        """Return diag(b) B diag(d) A."""
-        high, low = self.factors(dtype)
-        return high @ low
-
     def middle(self, h: Tensor) -> Tensor:
         """Return what B is applied to, of h = diag(d) A x."""
         return h
@@ -116,8 +111,7 @@ class Vera(Delta):
         """Return the update's share, the vectors on the features and not on the matrices."""
         b, d = self.vectors()
         high, low = self.matrices(b.dtype)
-        x = F.dropout(x.to(d.dtype), getattr(self.config, f"{self.prefix}_dropout"), self.training)
-        return b * base.up(self.middle(d * base.down(x, low)), high)
+        return b * base.up(self.middle(d * base.down(self.dropped(x), low)), high)
 
 
 METHOD = Method(VeraConfig, Vera)
