@@ -1,4 +1,4 @@
-"""GraLoRA: LoRA on every block of W cut k by k (Jung et al., arXiv:2505.20355).
+"""GraLoRA: a LoRA B_jn A_nj on every block of W cut k by k (Jung et al., arXiv:2505.20355).
 
 Block (j, n) of the update, from piece n of the inputs to piece j of the outputs, is B_jn A_nj of
 rank r / k: as many parameters as a LoRA of rank r, but an update of rank up to k r.

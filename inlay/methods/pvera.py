@@ -1,7 +1,7 @@
-"""PVeRA: VeRA whose features between the two random matrices are drawn from a normal in training.
+"""PVeRA: diag(b) B z, z drawn from a normal in training, its mean else   (arXiv:2512.07703).
 
-arXiv:2512.07703: h = diag(d) A x holds mean and log variance [R each] of z, and
-diag(b) B z is added; out of training z is its mean, which is VeRA with the first half of d and A.
+VeRA whose features between the two random matrices are drawn: diag(d) A x holds mean and log
+variance [R each] of z. Out of training it is VeRA with the first half of d and A.
 A [2R, I] and B [O, R] are drawn once for all layers as VeRA's are; d [2R], b [O].
 """
 

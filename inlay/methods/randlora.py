@@ -1,4 +1,4 @@
-"""RandLoRA: s sum_n B_n diag(l_n) A diag(g_n), so many random bases n that the sum has full rank.
+"""RandLoRA: W + s sum_n B_n diag(l_n) A diag(g_n), so many random bases that the sum has full rank.
 
 Albert et al., ICLR 2025, arXiv:2502.00987.  A and B_n are drawn once for all layers; l and g train.
 

@@ -1,4 +1,4 @@
-"""VeRA: diag(b) B diag(d) A, with A and B drawn once for all layers; only b and d are trained.
+"""VeRA: W + diag(b) B diag(d) A, with A and B drawn once for all layers; only b and d are trained.
 
 Kopiczko et al., ICLR 2024, arXiv:2310.11454.  A [R, I] and B [O, R] are the first I columns and the
 first O rows of matrices as wide and as high as the largest adapted layer; d [R], b [O].
