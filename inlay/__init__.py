@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from inlay.methods.glora import GloraConfig
     from inlay.methods.gralora import GraloraConfig
     from inlay.methods.hira import HiraConfig
+    from inlay.methods.hra import HRAConfig
     from inlay.methods.ia3 import IA3Config
     from inlay.methods.ln_tuning import LNTuningConfig
     from inlay.methods.lora import LoraConfig
@@ -85,6 +86,7 @@ __all__ = [
     "DeloraConfig",
     "GloraConfig",
     "GraloraConfig",
+    "HRAConfig",
     "HiraConfig",
     "IA3Config",
     "LNTuningConfig",
@@ -136,6 +138,7 @@ _MODULES = {
     "inlay.methods.glora": ["GloraConfig"],
     "inlay.methods.gralora": ["GraloraConfig"],
     "inlay.methods.hira": ["HiraConfig"],
+    "inlay.methods.hra": ["HRAConfig"],
     "inlay.methods.ia3": ["IA3Config"],
     "inlay.methods.ln_tuning": ["LNTuningConfig"],
     "inlay.methods.lora": ["LoraConfig"],

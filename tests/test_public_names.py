@@ -26,6 +26,7 @@ PUBLIC = {
     "DeloraConfig",
     "GloraConfig",
     "GraloraConfig",
+    "HRAConfig",
     "HiraConfig",
     "IA3Config",
     "LNTuningConfig",
