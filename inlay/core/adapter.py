@@ -51,6 +51,8 @@ class Adapter(nn.Module, ABC):
     """The kinds of layer this method's mathematics holds for."""
     carries: ClassVar[bool] = True
     """Whether a file of this method holds the whole embedding below it too, as PEFT's mostly do."""
+    starts_neutral: ClassVar[bool] = True
+    """Whether an adapter of default settings changes nothing until it is trained."""
     placed: ClassVar[int] = 0
     """How many parameters were ever put into adapters: when it moves, lists of them may be old."""
     _held: tuple[Shared, ...] = ()
