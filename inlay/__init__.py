@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from inlay.methods.beft import BeftConfig
     from inlay.methods.bitfit import BitfitConfig
     from inlay.methods.bottleneck import BottleneckConfig
+    from inlay.methods.c3a import C3AConfig
     from inlay.methods.deft import DeftConfig
     from inlay.methods.delora import DeloraConfig
     from inlay.methods.glora import GloraConfig
@@ -82,6 +83,7 @@ __all__ = [
     "BeftConfig",
     "BitfitConfig",
     "BottleneckConfig",
+    "C3AConfig",
     "DeftConfig",
     "DeloraConfig",
     "GloraConfig",
@@ -133,6 +135,7 @@ _MODULES = {
     "inlay.methods.adalora": ["AdaLoraConfig"],
     "inlay.methods.beft": ["BeftConfig"],
     "inlay.methods.bitfit": ["BitfitConfig"],
+    "inlay.methods.c3a": ["C3AConfig"],
     "inlay.methods.deft": ["DeftConfig"],
     "inlay.methods.delora": ["DeloraConfig"],
     "inlay.methods.glora": ["GloraConfig"],

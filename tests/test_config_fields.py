@@ -140,6 +140,11 @@ FIELDS = {
         init_weights layers_pattern layers_to_transform modules_to_save peft_type peft_version r
         revision target_modules task_type
     """,
+    "inlay.methods.c3a:C3AConfig": """
+        auto_mapping base_model_name_or_path bias block_size block_size_pattern exclude_modules
+        inference_mode init_weights layers_pattern layers_to_transform modules_to_save peft_type
+        peft_version revision target_modules task_type
+    """,
     "inlay.train.settings:TrainConfig": """
         adam_beta1 adam_beta2 adam_epsilon early_stopping_patience early_stopping_threshold
         eval_batch_size eval_steps gradient_accumulation_steps gradient_checkpointing learning_rate

@@ -22,6 +22,7 @@ PUBLIC = {
     "BeftConfig",
     "BottleneckConfig",
     "BitfitConfig",
+    "C3AConfig",
     "DeftConfig",
     "DeloraConfig",
     "GloraConfig",

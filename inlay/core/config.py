@@ -37,6 +37,7 @@ class PeftType(enum.StrEnum):
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
     PVERA = "PVERA"
     HRA = "HRA"
+    C3A = "C3A"
     FULL = "FULL"
     PROMPT_TUNING = "PROMPT_TUNING"
     BOTTLENECK = "BOTTLENECK"

@@ -77,6 +77,7 @@ TARGETS_OF: Mapping[str, Mapping[str, list[str] | str]] = {
         }.items()
         for kind in kinds.split()
     },
+    "C3A": TARGETS | {kind: ["mlp.c_proj"] for kind in ("gpt2", "gpt_bigcode")},
     "IA3": {},  # its own file says which, for some are adapted otherwise than the rest
     "LN_TUNING": {
         kind: names.split()
