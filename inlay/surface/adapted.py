@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -14,10 +16,26 @@ class Adapted(nn.Module):
         """Hold `model`."""
         super().__init__()
         self.model = model
+        self._own: Callable[..., Any] | None = None
+        self._entered = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns."""
-        return self.model(*args, **kwargs)
+        if self._own is None:
+            return self.model(*args, **kwargs)
+        if self._entered:  # what stands in for the model's forward asks for the model's own
+            return self._own(*args, **kwargs)
+        self._entered = True
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            self._entered = False
+
+    def exchange(self, forward: Callable[..., Any]) -> None:
+        """Let `forward(model, ...)` stand in for the model's; it may call that by the wrapper's."""
+        if self._own is None:
+            self._own = self.model.forward
+        self.model.forward = types.MethodType(forward, self.model)
 
     def __getattr__(self, name: str) -> Any:
         """Return the model's attribute."""
@@ -27,3 +45,26 @@ class Adapted(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
+
+
+def tied(module: nn.Module) -> dict[str, str]:
+    """Return the names under which a parameter stands again -> its first name."""
+    first: dict[int, str] = {}
+    again: dict[str, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            again[name] = first[id(parameter)]
+    return again
+
+
+def leave_out_tied(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take the second names of tied parameters out of a state dict: safetensors holds each once."""
+    for name in tied(module):
+        state.pop(prefix + name, None)
+
+
+def fill_in_tied(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Put the second names of tied parameters into a state dict that is about to be loaded."""
+    for name, first in tied(module).items():
+        if prefix + first in state:
+            state.setdefault(prefix + name, state[prefix + first])

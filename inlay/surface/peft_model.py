@@ -6,6 +6,7 @@ Each method is a line or two into `model/` or `checkpoint/`.
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from inlay.core.targeted import TargetedConfig
 from inlay.model.combine import Way, combine
 from inlay.model.convert import Approximation, convert
 from inlay.model.roster import Roster
-from inlay.surface.adapted import Adapted
+from inlay.surface.adapted import Adapted, fill_in_tied, leave_out_tied
 from inlay.surface.config import targeted_config
 from inlay.surface.signature import DECODER, OTHER, SPANS, TEXT, forward_of, takes_anything
 
@@ -48,10 +49,23 @@ class PeftModel(nn.Module):
         self.base_model = Adapted(model)
         self.roster = roster
         self._base_fingerprint = fingerprint(model)
+        self.register_state_dict_post_hook(leave_out_tied)
+        self.register_load_state_dict_pre_hook(fill_in_tied)
 
     # -- running
 
     forward = forward_of(*TEXT, *DECODER, *OTHER, "labels", *SPANS)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set as any module does; a `forward` to stand in for this one is set on the base.
+
+        Trainers put a forward of their own in a model's place, which calls `self.base_model` for
+        the layers below its head: a model of transformers is what they mean.
+        """
+        if name == "forward" and isinstance(value, types.MethodType) and value.__self__ is self:
+            self.base_model.exchange(value.__func__)
+        else:
+            super().__setattr__(name, value)
 
     def generate(
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
