@@ -70,3 +70,11 @@ def write_chats(path: Path, rows: int = 16) -> None:
                 {"role": "assistant", "content": f"In {city}."},
             ]
             file.write(json.dumps({"messages": chat}) + "\n")
+
+
+def write_labeled(path: Path, rows: int = 16) -> None:
+    """Write a small file of labeled rows, as the documents suppose one."""
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(rows):
+            row = {"text": f"Order {i} is {('late', 'here')[i % 2]}.", "label": "ab"[i % 2]}
+            file.write(json.dumps(row) + "\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.documents import ROOT, Block, blocks, run_python, write_chats
+from tests.documents import ROOT, Block, blocks, run_python, write_chats, write_labeled
 
 DOCUMENTS = [
     ROOT / "README.md",
@@ -22,6 +22,7 @@ BUDGET = {"max_steps": 2, "num_epochs": 1}
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_blocks_of_a_document_run(document: Path, tmp_path: Path) -> None:
     write_chats(tmp_path / "chats.jsonl")
+    write_labeled(tmp_path / "labeled.jsonl")
     for block in blocks(document):
         if not block.reason:
             check(block, tmp_path)

@@ -70,6 +70,7 @@ def save_adapter(
         "inlay_version": _version(),
         "base": dict(base) if base is not None else fingerprint(roster.model),
         "files": {files.TENSORS: files.digest(tensors)},
+        **_labels(roster.model, config),
     }
     content = dict(extra or {})
     if not (Path(folder) / "README.md").exists():
@@ -245,6 +246,14 @@ def describe(folder: str | Path) -> dict[str, Any]:
         "inlay_version": ours.get("inlay_version"),
         "peft_version": config.peft_version,
     }
+
+
+def _labels(model: nn.Module, config: AdapterConfig) -> dict[str, list[str]]:
+    """Return {"labels": the classes in the order of the head's outputs}, of a classifier alone."""
+    told: Any = getattr(getattr(model, "config", None), "id2label", None)
+    if config.task_type != "SEQ_CLS" or not told:
+        return {}
+    return {"labels": [str(told[i]) for i in sorted(told)]}
 
 
 def _card(config: AdapterConfig, model: nn.Module) -> str:

@@ -66,6 +66,17 @@ def fetch(name: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
+def read_labels(folder: str | Path) -> list[str] | None:
+    """Return the classes that the head of the adapter in `folder` tells apart, where it says."""
+    path = Path(folder) / OURS
+    told = read_json(path).get("labels") if path.is_file() else None
+    if told is None:
+        return None
+    if not (isinstance(told, list) and told and all(isinstance(name, str) for name in told)):
+        raise UserError(f"{path}: labels must be a list of names, not {str(told)[:60]}")
+    return told
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; UserError where it is missing, too large or broken."""
     try:

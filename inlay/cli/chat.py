@@ -44,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.temperature < float("inf"):
         raise UserError(f"--temperature is {arguments.temperature}; it must be 0 or more, finite")
     model, tokenizer = load(arguments)
+    if not hasattr(model, "generate") or not model.can_generate():
+        raise UserError("this is a classifier, which does not talk; `inlay eval` measures it")
     talk = Talk(model, tokenizer, arguments)
     if arguments.prompt is not None:
         talk.answer(arguments.prompt)

@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure both sides and print them."""
     from inlay.config.schema import RunConfig
-    from inlay.model.load import load_base
-    from inlay.run.folder import Run, base_arguments
+    from inlay.run.folder import Run
+    from inlay.run.loaded import load
     from inlay.run.opening import kind_of, open_trained
 
     check_limits(arguments)
@@ -49,12 +49,30 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer = open_trained(
         arguments.source, arguments.base_model, check_base=not arguments.any_base
     )
-    # after full fine-tuning the base is another model, not this one without its adapter
-    full = None if hasattr(model, "disable_adapter") else load_base(**base_arguments(config))[0]
+    if kind == "adapter":
+        config = settings_of(model)
+    full = None
+    if not hasattr(model, "disable_adapter"):
+        # after full fine-tuning the base is another model, not this one without its adapter
+        loaded = load(config)
+        loaded.redraw(config.train.seed)
+        full = loaded.base
     found = measure(model, full, tokenizer, config, data, arguments)
     name = "adapter" if full is None else "model"
     show(found, name, config.evaluate.shown, as_json=arguments.json)
     return 0
+
+
+def settings_of(model: Any) -> Any:
+    """Return the settings of a run for a model whose adapter comes without one."""
+    from inlay.config.schema import RunConfig
+    from inlay.objectives.classify import Classify
+
+    if model.active_peft_config.task_type != "SEQ_CLS":
+        return RunConfig()
+    names = model.config.id2label
+    labels = [names[i] for i in sorted(names)]
+    return RunConfig(adapter=model.active_peft_config, objective=Classify(labels=labels))
 
 
 def check_limits(arguments: argparse.Namespace) -> None:
@@ -89,10 +107,14 @@ def measure(
 
     from inlay.data.dataset import prepare
     from inlay.run.limits import fitting
-    from inlay.run.measure import measure_answers, measure_loss
+    from inlay.run.measure import measure_answers, measure_labels, measure_loss
     from inlay.train.precision import choose
 
-    prepared = prepare(fitting(data, model), tokenizer)
+    prepared = prepare(fitting(data, model, config.objective), tokenizer)
+    objective = config.objective
+    if objective.task == "SEQ_CLS" and objective.labels is None:
+        names = model.config.id2label
+        objective = replace(objective, labels=[names[i] for i in sorted(names)])
     given = arguments.data is not None
     examples = prepared.train if given else prepared.eval
     rows = prepared.train_rows if given else prepared.eval_rows
@@ -102,7 +124,10 @@ def measure(
     size = config.train.eval_batch_size or config.train.micro_batch_size
 
     def side(model: Any) -> dict[str, Any]:
-        loss = measure_loss(model, tokenizer, config.objective, examples, size, precision)
+        given = (model, tokenizer, objective, examples, size, precision)
+        loss = measure_loss(*given)
+        if objective.task == "SEQ_CLS":
+            return loss | measure_labels(*given)
         return loss | measure_answers(
             model, tokenizer, rows, evaluate, precision, prepared.template
         )

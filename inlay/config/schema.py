@@ -95,11 +95,11 @@ class RunConfig:
                 "quantize is nf4, which is not there yet; leave it out, "
                 "or set dtype: bfloat16 to halve the memory of float32 weights"
             )
-        task = self.adapter.task_type
-        if task not in (None, "CAUSAL_LM"):
+        task, wanted = self.adapter.task_type, self.objective.task
+        if task != wanted and (task is not None or wanted != "CAUSAL_LM"):
             raise UserError(
-                f"adapter.task_type is {task!r}; recipes train causal language models, so it must "
-                "be CAUSAL_LM. For another task use get_peft_model in Python"
+                f"adapter.task_type is {task!r}; under objective {objective_name(self.objective)} "
+                f"it must be {wanted}. For another task use get_peft_model in Python"
             )
         self.train.validate()
         for name in ("early_stopping_patience", "restore_best"):
@@ -157,15 +157,15 @@ def adapter_config(method: str) -> Any:
     return find(method).config
 
 
-def recipe_defaults(method: str) -> dict[str, Any]:
+def recipe_defaults(method: str, objective: str = "sft") -> dict[str, Any]:
     """Return the defaults of a recipe that are not those of the method's class, which are PEFT's.
 
-    A recipe is for causal LMs; and an adapter on all linear layers comes close to full fine-tuning,
-    one on q and v alone does not (Dettmers et al., arXiv:2305.14314, section 4).
+    A recipe is for its objective's task; and an adapter on all linear layers comes close to full
+    fine-tuning, one on q and v alone does not (Dettmers et al., arXiv:2305.14314, section 4).
     """
     from inlay.methods import method as find
 
-    found = {"task_type": "CAUSAL_LM"}
+    found = {"task_type": objective_class(objective).task}
     known = find(method)
     if known.adapter is None or not getattr(known.config, "everywhere", True):
         return found
@@ -200,7 +200,8 @@ def keys(method: str = "lora", objective: str = "sft") -> dict[str, Key]:
             found["adapter.method"] = Key(
                 "adapter.method", str, "lora", "The method; one of " + _methods()
             )
-            found |= _fields(adapter_config(method), "adapter", recipe_defaults(method))
+            defaults = recipe_defaults(method, objective)
+            found |= _fields(adapter_config(method), "adapter", defaults)
         elif name == "objective":
             found["objective.name"] = Key(
                 "objective.name", str, "sft", "What is minimized; one of " + _objectives()

@@ -19,7 +19,7 @@ class Batch:
     input_ids: Tensor
     """[B, S] long."""
     labels: Tensor
-    """[B, S] long, aligned with input_ids; -100 where nothing is trained."""
+    """[B, S] long, aligned with input_ids, -100 where nothing is trained; or [B], a class a row."""
     attention_mask: Tensor | None
     """[B, S] long, 0 at padding; None in a packed batch, where it would join the rows."""
     position_ids: Tensor | None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from inlay.data.ledger import reasons
-from inlay.data.rows import Chat, Completion, Row
+from inlay.data.rows import Chat, Completion, Labeled, Row
 
 if TYPE_CHECKING:
     from inlay.data.dataset import Prepared
@@ -17,7 +18,10 @@ def describe(prepared: Prepared) -> list[str]:
     lines = [f"format: {prepared.format}", _rows(prepared)]
     lines += [f"dropped: {count} rows, {reason}" for reason, count in reasons(prepared.entries)]
     lines += _template(prepared)
-    if prepared.config.train_on == "all":
+    lines += _labels(prepared)
+    if prepared.train[0].label is not None:
+        lines.append("trained: the label of each row")
+    elif prepared.config.train_on == "all":
         lines.append("trained: all tokens")
     elif prepared.template:
         lines.append("trained: the assistant's turns, each with the token that ends it")
@@ -25,10 +29,10 @@ def describe(prepared: Prepared) -> list[str]:
         lines.append("trained: completions and texts, with EOS")
     lengths = sorted(len(example.input_ids) for example in prepared.train)
     trained = sum(example.trained for example in prepared.train)
-    share = trained / sum(lengths)
+    share = f"; {trained} of {sum(lengths)} trained ({trained / sum(lengths):.0%})"
     lines.append(
         f"tokens: median {quantile(lengths, 0.5)}, p95 {quantile(lengths, 0.95)}, "
-        f"max {lengths[-1]}; {trained} of {sum(lengths)} trained ({share:.0%})"
+        f"max {lengths[-1]}" + (share if prepared.train[0].label is None else "")
     )
     return lines + _contents(prepared)
 
@@ -79,6 +83,16 @@ def _template(prepared: Prepared) -> list[str]:
     if any(entry.reason.startswith("the template rewrites") for entry in prepared.entries):
         lines.append("the template rewrites earlier turns: one example for each trained turn")
     return lines
+
+
+def _labels(prepared: Prepared) -> list[str]:
+    """Return the line of the classes, the commonest of the training rows first."""
+    counts = Counter(row.label for row in prepared.train_rows if isinstance(row, Labeled))
+    if not counts:
+        return []
+    shown = [f"{name} {count / counts.total():.0%}" for name, count in counts.most_common(12)]
+    more = f" and {len(counts) - 12} more" if len(counts) > 12 else ""
+    return [f"labels: {len(counts)} ({', '.join(shown)}{more})"]
 
 
 def _contents(prepared: Prepared) -> list[str]:

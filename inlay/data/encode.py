@@ -11,7 +11,7 @@ from typing import Any
 
 from inlay.data.chats import ChatEncoder
 from inlay.data.example import IGNORED, Encoded, Example, make_example, shorten
-from inlay.data.rows import Chat, Completion, Row, Text
+from inlay.data.rows import Chat, Completion, Labeled, Row, Text
 from inlay.data.settings import DataConfig
 from inlay.data.template import OURS, Template, special_tokens
 from inlay.data.tokens import Tokens
@@ -46,6 +46,8 @@ class Encoder:
             return self.chats.encode(row)
         if isinstance(row, Completion):
             return self._completion(row)
+        if isinstance(row, Labeled):
+            return self._labeled(row)
         return self._text(row)
 
     def _completion(self, row: Completion) -> Encoded:
@@ -76,6 +78,22 @@ class Encoder:
         outcome = "split" if len(examples) > 1 else "kept"
         reason = "longer than max_length" if len(examples) > 1 else ""
         return Encoded(examples, outcome, reason, specials=self._specials(row.text))
+
+    def _labeled(self, row: Labeled) -> Encoded:
+        """Encode as the tokenizer does by itself: [CLS] and [SEP], where it has them, stay."""
+        if not row.text.strip():
+            return Encoded((), "dropped", "the text is empty")
+        text, limit = OURS.sub("\ufffd", row.text), self.config.max_length
+        ids = self.tokenizer(text, truncation=False, verbose=False).input_ids
+        outcome, reason = "kept", ""
+        if len(ids) > limit:
+            reason = f"longer than max_length ({len(ids)} > {limit} tokens)"
+            if self.config.overlong == "drop":
+                return Encoded((), "dropped", reason, specials=self._specials(text))
+            ids = self.tokenizer(text, truncation=True, max_length=limit).input_ids
+            outcome = "cut"
+        example = Example(ids, [], row.id, row.source, label=row.label)
+        return Encoded((example,), outcome, reason, specials=self._specials(text))
 
     def _plain(self, text: str) -> tuple[list[int], list[int]]:
         """Return ids and starts of `text` with BOS where the tokenizer adds one, and with EOS.

@@ -25,11 +25,13 @@ class Example:
     source: Source
     weights: list[float] | None = None
     """Factor of each token in the loss; None where all are 1."""
+    label: str | None = None
+    """The class of the whole row, where that is what is trained; `labels` is empty then."""
 
     @property
     def trained(self) -> int:
-        """The number of trained tokens."""
-        return sum(label != IGNORED for label in self.labels)
+        """The number of trained tokens; of a row with a class, that one."""
+        return sum(label != IGNORED for label in self.labels) + (self.label is not None)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from inlay.core.errors import nearest
 from inlay.data.messages import parse_messages
-from inlay.data.rows import Chat, Completion, Message, Row, Source, Text
+from inlay.data.rows import Chat, Completion, Labeled, Message, Row, Source, Text
 
 LISTS = ("messages", "conversations", "conversation", "dialog")
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("query", "response"))
@@ -112,6 +112,17 @@ def text(raw: Mapping[str, Any], source: Source) -> Text:
     return Text(_text(raw, "text", source), source)
 
 
+def labeled(raw: Mapping[str, Any], source: Source) -> Labeled:
+    """{"text": "a document", "label": "its class"}; a class may be a whole number."""
+    key = "sentence" if "sentence" in raw and "text" not in raw else "text"
+    found, label = _text(raw, key, source), _required(raw, "label", source)
+    if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
+        raise source.error(
+            f"label must be the name of a class or a whole number, not {json.dumps(label)[:60]}"
+        )
+    return Labeled(found, str(label), source)
+
+
 FORMATS: dict[str, Callable[[dict[str, Any], Source], Row]] = {
     "messages": messages,
     "sharegpt": messages,
@@ -119,6 +130,7 @@ FORMATS: dict[str, Callable[[dict[str, Any], Source], Row]] = {
     "alpaca_text": alpaca_text,
     "prompt_completion": prompt_completion,
     "text": text,
+    "labeled": labeled,
 }
 
 

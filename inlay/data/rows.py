@@ -107,7 +107,21 @@ class Text:
         return digest("text", self.text, source=self.source)
 
 
-Row = Chat | Completion | Text
+@dataclass(frozen=True)
+class Labeled:
+    """A text and the class that it belongs to."""
+
+    text: str
+    label: str
+    source: Source
+
+    @functools.cached_property
+    def id(self) -> str:
+        """Hash of the text alone: its copies stay on one side, whatever they are labeled."""
+        return digest("labeled", self.text, source=self.source)
+
+
+Row = Chat | Completion | Text | Labeled
 Raw = tuple[dict[str, Any], Source]
 """A record as a file holds it, and its place."""
 

@@ -20,7 +20,7 @@ class DataConfig:
     """File (JSONL, JSON, CSV, parquet, txt) or hub data set, or a list of them, joined in order."""
     format: str = "auto"
     """Row format: auto (recognized from the first row of each file), messages, sharegpt, alpaca,
-    alpaca_text, prompt_completion or text."""
+    alpaca_text, prompt_completion, text, or labeled (which `objective: classify` reads)."""
     name: str | None = None
     """Configuration of a hub data set, such as `main`."""
     split: str = "train"

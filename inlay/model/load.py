@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ def load_base(
     device: torch.device | str | None = None,
     *,
     task_type: str | None = None,
+    labels: Sequence[str] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
@@ -40,9 +41,35 @@ def load_base(
 
     name_or_path: a folder or an id on the hub; None is the embedded `inlay-tiny`. dtype: of the
     weights (default: the checkpoint's). device: default a GPU where there is one. task_type: one of
-    PEFT's (default: causal or sequence-to-sequence, whichever the base is). Raises UserError for a
-    base that is not there, has no safetensors, lacks weights, or needs code of its own.
+    PEFT's (default: causal or sequence-to-sequence, whichever the base is). labels: the classes
+    that a head for classification tells apart (default: those that the checkpoint names). Raises
+    UserError for a base that is not there, has no safetensors, lacks weights, or needs code of its
+    own.
     """
+    return load_whole(
+        name_or_path,
+        quantize,
+        dtype,
+        device,
+        task_type=task_type,
+        labels=labels,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )[:2]
+
+
+def load_whole(
+    name_or_path: str | os.PathLike[str] | None = None,
+    quantize: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    *,
+    task_type: str | None = None,
+    labels: Sequence[str] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any, tuple[str, ...]]:
+    """Return what `load_base` does, and the names of the parameters that are new: a task's head."""
     if quantize not in (None, "none"):
         raise UserError(f"quantize={quantize!r} is not there yet: leave it out")
     name = str(name_or_path or TINY)
@@ -54,8 +81,11 @@ def load_base(
     from transformers import AutoConfig
 
     given: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with _explained(name), quiet(name == TINY):
-        config = AutoConfig.from_pretrained(source, **given)
+    with _explained(name), quiet(name == TINY), _new_heads(labels is not None):
+        named = {} if labels is None else {"id2label": dict(enumerate(labels))}
+        config = AutoConfig.from_pretrained(source, **given, **named)
+        if labels is not None:
+            config.label2id = {label: i for i, label in enumerate(labels)}
         model, told = _auto(config, task_type).from_pretrained(
             source,
             config=config,
@@ -69,7 +99,11 @@ def load_base(
     if name == TINY:
         # not a path of this machine: adapters are saved with the name of their base
         model.name_or_path = model.config._name_or_path = TINY
-    return model.to(where).eval(), load_tokenizer(name, **given)
+    tokenizer = load_tokenizer(name, **given)
+    if task_type == "SEQ_CLS" and tokenizer is not None and model.config.pad_token_id is None:
+        # a decoder's head reads the last token before the padding
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to(where).eval(), tokenizer, tuple(sorted(told["missing_keys"]))
 
 
 def load_tokenizer(
@@ -205,6 +239,20 @@ def quiet(wanted: bool = False) -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _new_heads(expected: bool) -> Iterator[None]:
+    """Keep transformers from reporting a head that no checkpoint has, where that is as it must."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    if expected:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @contextmanager

@@ -26,6 +26,9 @@ class Objective(Protocol[Row]):
     row: type
     """What it eats before encoding, such as inlay.data.rows.Chat."""
 
+    task: str
+    """The task_type whose models it trains: CAUSAL_LM, SEQ_CLS."""
+
     means: tuple[str, ...]
     """The names of `counts`, known before any batch: ranks without rows add up the same ones."""
 

@@ -25,6 +25,7 @@ class Pretrain:
 
     row = Text
     means = ("tokens",)
+    task = "CAUSAL_LM"
 
     def size(self, row: Example) -> int:
         """Return the tokens of `row`."""

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from inlay.checkpoint.folder import read_labels
 from inlay.config.recipe import read_recipe
 from inlay.config.resolve import Resolved, resolve
 from inlay.config.schema import RunConfig
@@ -120,14 +121,18 @@ class Run:
         device: in place of the one it was trained on. check_base: refuse a base that is no longer
         the one it was trained on. Raises UserError where the run has trained nothing yet.
         """
-        from inlay.model.load import load_base, load_tokenizer
+        from inlay.model.heads import draw_heads, head_seed
+        from inlay.model.load import load_base, load_tokenizer, load_whole
         from inlay.surface.peft_model import PeftModel
 
         self.require_trained()
-        where = device or self.config.device
+        where, task = device or self.config.device, self.config.objective.task
         if self.is_full:
-            return load_base(self.trained, device=where)
-        base, tokenizer = load_base(**(base_arguments(self.config) | {"device": where}))
+            given = {} if task == "CAUSAL_LM" else {"task_type": task}
+            return load_base(self.trained, device=where, **given)
+        given = base_arguments(self.config) | {"device": where}
+        base, tokenizer, new = load_whole(**given, labels=read_labels(self.adapter))
+        draw_heads(base, new, head_seed(self.config.train.seed))
         model = PeftModel.from_pretrained(base, self.adapter, check_base=check_base)
         return model, load_tokenizer(self.adapter) or tokenizer
 
@@ -149,4 +154,6 @@ def base_arguments(config: RunConfig) -> dict[str, Any]:
         "device": config.device,
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,
+        # left out, it is what the base is: an encoder with a decoder is then refused by name
+        "task_type": None if config.objective.task == "CAUSAL_LM" else config.objective.task,
     }

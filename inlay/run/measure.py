@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,6 +14,7 @@ from inlay.data.split import limited
 from inlay.data.template import Template
 from inlay.train.answers import exact_match
 from inlay.train.evaluate import Score, evaluate_loss
+from inlay.train.predict import macro_f1, predict
 
 
 def measure_loss(
@@ -23,19 +25,46 @@ def measure_loss(
     batch_size: int,
     precision: Any,
 ) -> dict[str, Any]:
-    """Return {"loss", "perplexity", "tokens"} over `examples`; empty where there are none."""
+    """Return {"loss", "perplexity", "tokens"} over `examples`; empty where there are none.
+
+    Of a classifier the loss alone.
+    """
     if not examples:
         return {}
     score = evaluate_loss(
         model, tokenizer, objective, examples, batch_size=batch_size, precision=precision
     )
-    return told(score)
+    return told(score, objective)
 
 
-def told(score: Score) -> dict[str, Any]:
+def told(score: Score, objective: Any) -> dict[str, Any]:
     """Return a score as JSON has it; what is not finite is null."""
-    found = {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens}
+    found = {"loss": score.loss}
+    if objective.task != "SEQ_CLS":  # there the loss is one of rows
+        found |= {"perplexity": score.perplexity, "tokens": score.tokens}
     return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
+
+def measure_labels(
+    model: Any,
+    tokenizer: Any,
+    objective: Any,
+    examples: Sequence[Any],
+    batch_size: int,
+    precision: Any,
+) -> dict[str, Any]:
+    """Return {"accuracy", "macro_f1", "correct", "labeled"} over `examples`; empty without any."""
+    if not examples:
+        return {}
+    found = predict(model, tokenizer, objective, examples, batch_size=batch_size, dtype=precision)
+    labels = [str(example.label) for example in examples]
+    correct = sum(map(operator.eq, found, labels))
+    return {
+        "accuracy": correct / len(labels),
+        "macro_f1": macro_f1(found, labels),
+        "correct": correct,
+        "labeled": len(labels),
+    }
 
 
 def measure_answers(

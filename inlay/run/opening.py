@@ -90,7 +90,7 @@ def open_adapters(
 
     The tokenizer is that of the first adapter's folder, else the base's.
     """
-    from inlay.checkpoint.folder import fetch, read_config
+    from inlay.checkpoint.folder import fetch, read_config, read_labels
     from inlay.model.load import load_base, load_tokenizer
     from inlay.surface.peft_model import PeftModel
 
@@ -99,7 +99,13 @@ def open_adapters(
     settings = read_config(folders[first])
     name = base_model or settings.base_model_name_or_path
     revision = settings.revision if base_model is None else None
-    base, tokenizer = load_base(name, device=device, revision=revision)
+    base, tokenizer = load_base(
+        name,
+        device=device,
+        revision=revision,
+        task_type="SEQ_CLS" if settings.task_type == "SEQ_CLS" else None,
+        labels=read_labels(folders[first]),
+    )
     model = PeftModel.from_pretrained(base, folders[first], first, check_base=check_base)
     for other in others:
         model.load_adapter(folders[other], other, check_base=check_base)

@@ -173,7 +173,8 @@ class Terminal:
         self.line(f"{run.trained.name:9}{run.trained}")
         if (run.folder / PLOT).is_file():
             self.line(f"loss     {run.folder / PLOT}")
-        self.line(f"try it   inlay chat {run.folder}")
+        command = "eval" if run.config.objective.task == "SEQ_CLS" else "chat"
+        self.line(f"try it   inlay {command} {run.folder}")
 
     def _begin(self, event: Event) -> None:
         if not self.console.is_terminal:

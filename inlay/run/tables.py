@@ -7,7 +7,7 @@ from typing import Any
 
 
 def scores_table(evaluation: Mapping[str, Any], name: str = "adapter") -> Any:
-    """Return a table of loss, perplexity and exact match, or None where nothing was measured.
+    """Return a table of the loss and what else was measured, or None where nothing was.
 
     name: what was trained, above its column.
     """
@@ -21,7 +21,12 @@ def scores_table(evaluation: Mapping[str, Any], name: str = "adapter") -> Any:
     table.add_column("")
     table.add_column("base", justify="right")
     table.add_column(name, justify="right", style="bold")
-    shown = {"loss a token": ("loss", ".4f"), "perplexity": ("perplexity", ".2f")}
+    shown = {
+        "loss a row" if "accuracy" in after else "loss a token": ("loss", ".4f"),
+        "perplexity": ("perplexity", ".2f"),
+        "accuracy": ("accuracy", ".1%"),
+        "macro-F1": ("macro_f1", ".3f"),
+    }
     for label, (name, how) in shown.items():
         if name in before or name in after:
             table.add_row(label, _cell(before.get(name), how), _cell(after.get(name), how))

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ from inlay.data.dataset import Prepared, prepare
 from inlay.data.ledger import write_ledger
 from inlay.data.pack import check_packable
 from inlay.data.read import raw_rows
-from inlay.model.load import load_base
 from inlay.run.facts import facts
-from inlay.run.folder import CONFIG, EVALUATION, LEDGER, Run, base_arguments
-from inlay.run.limits import check_base, check_tokens, fitting
-from inlay.run.measure import measure_answers, measure_loss, told
+from inlay.run.folder import CONFIG, EVALUATION, LEDGER, Run
+from inlay.run.limits import check_tokens, fitting
+from inlay.run.loaded import Loaded, load
+from inlay.run.measure import measure_answers, measure_labels, measure_loss, told
 from inlay.run.report import Report, Terminal
 from inlay.run.standing import clear, digests, look, no_junk, only_one
 from inlay.surface.peft_model import get_peft_model
@@ -59,11 +58,20 @@ def train(
     return start(resolve_python(config, settings), overwrite=overwrite, report=report)
 
 
-def start(resolved: Resolved, *, overwrite: bool = False, report: Report | None = None) -> Run:
-    """Train with settings that are resolved; the rest as `train`."""
+def start(
+    resolved: Resolved,
+    *,
+    overwrite: bool = False,
+    report: Report | None = None,
+    loaded: Loaded | None = None,
+) -> Run:
+    """Train with settings that are resolved; the rest as `train`.
+
+    loaded: the base of these settings where it is in memory already; it is given back as it was.
+    """
     config, report = resolved.config, report or Terminal()
     run = Run(str(config.output_dir))
-    with report, no_junk(run.folder):
+    with report, no_junk(run.folder), ExitStack() as stack:
         for notice in resolved.notices:
             report.notice(notice)
         look(run, resolved, overwrite=overwrite)  # refuses before a folder is made
@@ -75,7 +83,10 @@ def start(resolved: Resolved, *, overwrite: bool = False, report: Report | None 
                 return run
             # an earlier run stays whole until it is known that the new one has rows to train
             replaces = overwrite and run.is_run
-            job = _Job(resolved, run, report, None if replaces else run.folder / LEDGER)
+            ledger = None if replaces else run.folder / LEDGER
+            job = _Job(resolved, run, report, ledger, loaded)
+            if loaded is not None:
+                stack.enter_context(loaded.given_back(job.model))
             if overwrite:
                 clear(run)
                 write_ledger(run.folder / LEDGER, job.data.entries)
@@ -98,19 +109,28 @@ def start(resolved: Resolved, *, overwrite: bool = False, report: Report | None 
 class _Job:
     """The objects that settings become, in the order in which a mistake is cheapest to find."""
 
-    def __init__(self, resolved: Resolved, run: Run, report: Report, ledger: Path | None) -> None:
+    def __init__(
+        self,
+        resolved: Resolved,
+        run: Run,
+        report: Report,
+        ledger: Path | None,
+        loaded: Loaded | None,
+    ) -> None:
         config = self.config = resolved.config
         self.run, self.report = run, report
         check_sources(config)
-        base, self.tokenizer = load_base(**base_arguments(config))
-        check_base(base, self.tokenizer, config)
+        self.loaded = loaded or load(config)
+        base, self.tokenizer = self.loaded.base, self.loaded.tokenizer
         if config.train.packing:
             check_packable(base.config)
+        self.loaded.redraw(config.train.seed)
         self.model = adapted(base, config)
-        self.objective = replace(config.objective, packing=config.train.packing)
+        self.objective = self.loaded.objective(config)
         vocabulary = base.get_input_embeddings().weight.shape[0]
+        data = fitting(config.data, base, config.objective)
         with disk_errors(run.folder):
-            self.data: Prepared = prepare(fitting(config.data, base), self.tokenizer, ledger)
+            self.data: Prepared = prepare(data, self.tokenizer, ledger)
         check_tokens(self.data, self.tokenizer, vocabulary)
         self.precision = choose(config.train.precision, self.model)
         report.facts(facts(resolved, self.model, self.data, self.precision))
@@ -121,8 +141,11 @@ class _Job:
         if not (self.data.eval and before.get("base") and before.get("data") == data):
             if self.data.eval:
                 self.report.notice("measuring the base on the held-out rows")
-            with self.without_adapter():
-                found = {**self.loss(), **self.answers()}
+            found = self.loaded.scores.get(self.loaded.drawn_from)
+            if found is None:
+                with self.without_adapter():
+                    found = {**self.loss(), **self.answers()}
+                self.loaded.scores[self.loaded.drawn_from] = found
             self.write({"data": data, "held_out": len(self.data.eval), "base": found or None})
 
     def fit(self, *, resume: bool) -> Outcome:
@@ -175,10 +198,15 @@ class _Job:
         if outcome.eval_loss is None or self.config.train.restore_best:
             return self.loss()
         base = (self.run.evaluation or {}).get("base") or {}
-        return told(Score(outcome.eval_loss, base.get("tokens", 0)))
+        return told(Score(outcome.eval_loss, base.get("tokens", 0)), self.objective)
 
     def answers(self) -> dict[str, Any]:
-        """Return answers to the held-out rows."""
+        """Return answers to the held-out rows: a text each, or for a classifier a label."""
+        if self.objective.task == "SEQ_CLS":
+            size = self.config.train.eval_batch_size or self.config.train.micro_batch_size
+            return measure_labels(
+                self.model, self.tokenizer, self.objective, self.data.eval, size, self.precision
+            )
         return measure_answers(
             self.model,
             self.tokenizer,

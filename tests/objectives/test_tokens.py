@@ -91,7 +91,7 @@ def test_bfloat16_logits_are_summed_in_float32(tiny_llama, tiny_tokenizer):
 
 
 def test_the_registry_is_the_files_and_an_unknown_name_is_not_there():
-    assert list(OBJECTIVES) == ["pretrain", "sft"]
+    assert list(OBJECTIVES) == ["classify", "pretrain", "sft"]
     assert OBJECTIVES["sft"] is Sft
     assert "base" not in OBJECTIVES
     with pytest.raises(KeyError):
