@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from inlay.methods.hra import HRAConfig
     from inlay.methods.ia3 import IA3Config
     from inlay.methods.ln_tuning import LNTuningConfig
+    from inlay.methods.loha import LoHaConfig
     from inlay.methods.lora import LoraConfig
     from inlay.methods.miss import MissConfig
     from inlay.methods.peanut import PeanutConfig
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         convert_to_lora,
         extract_lora,
         get_peft_model_state_dict,
+        hotswap_adapter,
         inject_adapter_in_model,
         save_as_lora,
         set_peft_model_state_dict,
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
         get_peft_model,
     )
+    from inlay.train.makers import create_lorafa_optimizer, create_loraplus_optimizer
 
 __version__ = "0.1.0"
 
@@ -92,6 +95,7 @@ __all__ = [
     "HiraConfig",
     "IA3Config",
     "LNTuningConfig",
+    "LoHaConfig",
     "LoraConfig",
     "MissConfig",
     "PeanutConfig",
@@ -117,10 +121,13 @@ __all__ = [
     "VeraConfig",
     "__version__",
     "convert_to_lora",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
     "extract_lora",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
     "inject_adapter_in_model",
     "load_base",
     "save_as_lora",
@@ -129,6 +136,10 @@ __all__ = [
 ]
 
 _MODULES = {
+    "inlay.train.makers": [
+        "create_lorafa_optimizer",
+        "create_loraplus_optimizer",
+    ],
     "inlay.core.config": ["PeftType", "TaskType"],
     "inlay.core.errors": ["UserError"],
     "inlay.methods.bottleneck": ["BottleneckConfig"],
@@ -144,6 +155,7 @@ _MODULES = {
     "inlay.methods.hra": ["HRAConfig"],
     "inlay.methods.ia3": ["IA3Config"],
     "inlay.methods.ln_tuning": ["LNTuningConfig"],
+    "inlay.methods.loha": ["LoHaConfig"],
     "inlay.methods.lora": ["LoraConfig"],
     "inlay.methods.miss": ["MissConfig"],
     "inlay.methods.peanut": ["PeanutConfig"],
@@ -162,6 +174,8 @@ _MODULES = {
     "inlay.surface.functions": [
         "convert_to_lora",
         "extract_lora",
+        "hotswap_adapter",
+        "prepare_model_for_compiled_hotswap",
         "get_peft_model_state_dict",
         "inject_adapter_in_model",
         "save_as_lora",

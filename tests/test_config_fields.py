@@ -145,12 +145,18 @@ FIELDS = {
         inference_mode init_weights layers_pattern layers_to_transform modules_to_save peft_type
         peft_version revision target_modules task_type
     """,
+    "inlay.methods.loha:LoHaConfig": """
+        alpha alpha_pattern auto_mapping base_model_name_or_path exclude_modules inference_mode
+        init_weights layers_pattern layers_to_transform module_dropout modules_to_save peft_type
+        peft_version r rank_dropout rank_pattern revision target_modules task_type
+        use_effective_conv2d
+    """,
     "inlay.train.settings:TrainConfig": """
         adam_beta1 adam_beta2 adam_epsilon early_stopping_patience early_stopping_threshold
         eval_batch_size eval_steps gradient_accumulation_steps gradient_checkpointing learning_rate
-        logging_steps lr_scheduler max_grad_norm max_steps micro_batch_size num_epochs packing
-        precision restore_best save_steps save_total_limit seed warmup_ratio warmup_steps
-        weight_decay
+        logging_steps loraplus_lr_embedding loraplus_lr_ratio lr_scheduler max_grad_norm max_steps
+        micro_batch_size num_epochs optimizer packing precision restore_best save_steps
+        save_total_limit seed warmup_ratio warmup_steps weight_decay
     """,
 }
 

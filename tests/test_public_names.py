@@ -11,6 +11,9 @@ import pytest
 import inlay
 
 PUBLIC = {
+    "LoHaConfig",
+    "create_loraplus_optimizer",
+    "create_lorafa_optimizer",
     "AdaLoraConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",

@@ -38,6 +38,7 @@ class PeftType(enum.StrEnum):
     PVERA = "PVERA"
     HRA = "HRA"
     C3A = "C3A"
+    LOHA = "LOHA"
     FULL = "FULL"
     PROMPT_TUNING = "PROMPT_TUNING"
     BOTTLENECK = "BOTTLENECK"

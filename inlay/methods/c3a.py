@@ -87,7 +87,7 @@ class C3a(Delta):
         # Fourier's transform has no kernel for half precision
         wide = torch.promote_types(self.dtype, torch.float32)
         c, b = torch.fft.rfft(self.c3a_kernel.to(wide)), self.config.block_size
-        pieces = torch.fft.rfft(x.to(wide).unflatten(-1, (-1, b)))
+        pieces = torch.fft.rfft(x.to(wide).reshape(*x.shape[:-1], -1, b))
         products = torch.einsum("...nf,mnf->...mf", pieces, c.conj())
         out: Tensor = torch.fft.irfft(products, b).flatten(-2) / self._shape[1]
         return out

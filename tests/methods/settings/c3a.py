@@ -25,7 +25,7 @@ PEFT = {
         bert,
         {"block_size": 1, "bias": "c3a_only", "init_weights": "gaussian"},
     ),
-    "encoder-decoder, odd blocks": (
+    "encoder-decoder": (
         t5,
         {"block_size": 2, "init_weights": False, "target_modules": ["q", "wo"]},
     ),
