@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         get_peft_model_state_dict,
         hotswap_adapter,
         inject_adapter_in_model,
+        prepare_model_for_compiled_hotswap,
         save_as_lora,
         set_peft_model_state_dict,
     )
@@ -130,6 +131,7 @@ __all__ = [
     "hotswap_adapter",
     "inject_adapter_in_model",
     "load_base",
+    "prepare_model_for_compiled_hotswap",
     "save_as_lora",
     "set_peft_model_state_dict",
     "train",

@@ -22,6 +22,7 @@ from inlay.core.errors import UserError
 from inlay.train.distributed import add_up, rank, world
 from inlay.train.evaluate import evaluate_loss
 from inlay.train.events import Events, memory_mb
+from inlay.train.factors import first_factors_frozen
 from inlay.train.optim import make_optimizer
 from inlay.train.order import Order
 from inlay.train.plot import plot_loss
@@ -63,6 +64,8 @@ def fit(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(_cuda_devices()))
         stack.enter_context(training_mode(model, config))
+        if config.optimizer == "lorafa":
+            stack.enter_context(first_factors_frozen(model))
         stop = stack.enter_context(stop_signals())
         run = _Run(model, tokenizer, objective, train, eval, config, Path(folder), events)
         run.restore() if resume else run.start()
@@ -93,7 +96,7 @@ class _Run:
         self.model, self.config, self.events = model, config, events
         self.train, self.eval, self.folder = train, eval, folder
         self.parameters = trainable(model)
-        self.optimizer = make_optimizer(self.parameters, config)
+        self.optimizer = make_optimizer(self.parameters, config, model)
         precision = choose(config.precision, model)
         self.stepper = Stepper(model, self.parameters, objective, tokenizer, precision, config.seed)
         per_step = config.micro_batch_size * config.gradient_accumulation_steps * world()
@@ -163,7 +166,7 @@ class _Run:
             )
         lr = learning_rate(progress.step, self.total, config)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["ratio"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         progress.add_step(sums, time.monotonic() - began)

@@ -10,35 +10,52 @@ on another parameter.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from inlay.train.factors import LoraFA, factors_of, rates
 from inlay.train.settings import TrainConfig
 
 
 def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], config: TrainConfig
+    parameters: Mapping[str, nn.Parameter], config: TrainConfig, model: nn.Module | None = None
 ) -> torch.optim.AdamW:
-    """Return AdamW over `parameters`, those with decay as its first group."""
-    decayed = [p for p in parameters.values() if is_matrix(p)]
-    others = [p for p in parameters.values() if not is_matrix(p)]
+    """Return AdamW over `parameters`, those with decay first; or what `config` makes of it.
+
+    A group's "ratio" is its multiple of the step's learning rate. model: where the adapters are,
+    for what is done to their factors apart (`inlay.train.factors`).
+    """
+    multiples = dict.fromkeys(parameters, 1.0)
+    if config.loraplus_lr_ratio is not None and model is not None:
+        lr, embed = config.learning_rate, config.loraplus_lr_embedding
+        multiples = rates(model, parameters, lr, config.loraplus_lr_ratio, embed)
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {
+            "params": [p for n, p in parameters.items() if multiples[n] == m and is_matrix(p) == d],
+            "weight_decay": config.weight_decay if d else 0.0,
+            "lr": config.learning_rate * m,
+            "ratio": m,
+        }
+        for m in dict.fromkeys(multiples.values())
+        for d in (True, False)
     ]
     # one fused kernel walks all state once: elementwise, so the same bits every run, on CPU and
     # CUDA alike
     fused = all(
         p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters.values()
     )
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=fused,
-    )
+    filled = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "fused": fused,
+    }
+    if config.optimizer == "lorafa" and model is not None:
+        return LoraFA(filled, factors_of(model), **settings)
+    return torch.optim.AdamW(filled, **settings)
 
 
 def is_matrix(parameter: Tensor) -> bool:

@@ -11,7 +11,9 @@ from inlay.core.errors import UserError
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Optimizer = Literal["adamw", "lorafa"]
 SCHEDULES, PRECISIONS = get_args(Schedule), get_args(Precision)
+OPTIMIZERS = get_args(Optimizer)
 POSITIVE = (
     *("num_epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps"),
     *("eval_batch_size", "eval_steps", "save_steps", "save_total_limit", "logging_steps"),
@@ -59,6 +61,16 @@ class TrainConfig:
 
     warmup_steps: int | None = None
     """Steps of the warmup, in place of warmup_ratio."""
+
+    optimizer: Optimizer = "adamw"
+    """adamw, or lorafa: of each LoRA only B trains, along AdamW's step that comes nearest to full
+    fine-tuning's; A stays as it began, which takes less memory."""
+
+    loraplus_lr_ratio: float | None = None
+    """LoRA+: the learning rate of a LoRA's B is this many times that of its A; left out = 1."""
+
+    loraplus_lr_embedding: float = 1e-6
+    """LoRA+: the learning rate of adapters on embeddings, in place of learning_rate."""
 
     weight_decay: float = 0.0
     """AdamW's decoupled decay, on matrices only: never on biases, norms, or other vectors."""
@@ -120,6 +132,14 @@ class TrainConfig:
         self._require("warmup_ratio", lambda value: 0 <= value <= 1, "between 0 and 1")
         for name in ("adam_beta1", "adam_beta2"):
             self._require(name, lambda value: 0 <= value < 1, "at least 0 and below 1")
+        for name in ("loraplus_lr_ratio", "loraplus_lr_embedding"):
+            self._require(name, lambda value: 0 < value < math.inf, "above 0 and finite")
+        self._require("optimizer", OPTIMIZERS.__contains__, "one of " + ", ".join(OPTIMIZERS))
+        if self.optimizer == "lorafa" and self.loraplus_lr_ratio is not None:
+            raise UserError(
+                f"train.loraplus_lr_ratio is {self.loraplus_lr_ratio!r}, but with optimizer lorafa "
+                "there is no A to be slower than: set learning_rate alone"
+            )
         self._require("lr_scheduler", SCHEDULES.__contains__, "one of " + ", ".join(SCHEDULES))
         self._require("precision", PRECISIONS.__contains__, "one of " + ", ".join(PRECISIONS))
 

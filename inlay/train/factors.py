@@ -1,0 +1,128 @@
+"""A LoRA's two factors trained apart: LoRA+ and LoRA-FA.      B [O, R], A [R, I], s the scale.
+
+    LoRA+      lr_B = ratio * lr_A                     (Hayou, Ghosh and Yu, arXiv:2402.12354)
+    LoRA-FA    A stays;  g_B <- g_B (A A^T)^+ / s^2    (Zhang et al., arXiv:2308.03303)
+
+LoRA-FA's step of B is the one whose update of the weight, s B A, comes nearest to that of full
+fine-tuning.  With A frozen, of a layer's input only A x [R] is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.adapter import Adapter
+from inlay.core.errors import UserError
+from inlay.core.inlaid import Inlaid
+from inlay.methods.lora import Lora
+
+EMBEDDING_RATE = 1e-6
+"""LoRA+'s learning rate for adapters on embeddings where none is given, as in PEFT."""
+
+
+class LoraFA(torch.optim.AdamW):
+    """AdamW that turns the gradient of each B before it steps.
+
+    factors: B -> (A, s). What is in none of them is trained as AdamW does.
+    """
+
+    def __init__(
+        self, params: Any, factors: Mapping[nn.Parameter, tuple[Tensor, float]], **settings: Any
+    ) -> None:
+        """Take parameters or groups of them, and AdamW's settings."""
+        super().__init__(params, **settings)
+        self.factors = dict(factors)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step; the gradients of each B are replaced by those stepped along."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for b, (a, scale) in self.factors.items():
+            if b.grad is not None:
+                b.grad = nearest_to_full(b.grad, a, scale)
+        super().step()
+        return loss
+
+
+def nearest_to_full(gradient: Tensor, a: Tensor, scale: float) -> Tensor:
+    """Return g (A A^T)^+ / s^2 of the gradient g [O, R] of B; in float32, where a step is small."""
+    wide = a.to(torch.promote_types(a.dtype, torch.float32))
+    # the rows of A may depend on one another (an orthogonal start): those get the shortest step
+    inverse = torch.linalg.pinv(wide @ wide.T, hermitian=True)
+    return (gradient.to(wide.dtype) @ inverse / scale**2).to(gradient.dtype)
+
+
+def factors_of(model: nn.Module) -> dict[nn.Parameter, tuple[nn.Parameter, float]]:
+    """Return B -> (A, s) of every LoRA in training, but for embeddings; UserError for none.
+
+    On an embedding A starts at zero: frozen it would teach nothing.
+    """
+    found = {
+        lora.lora_B: (lora.lora_A, lora.config.scaling)
+        for host, adapter in adapters(model)
+        if host.base.kind != "embedding"
+        for lora in adapter.modules()
+        if isinstance(lora, Lora) and lora.lora_B.requires_grad
+    }
+    if not found:
+        raise UserError("LoRA-FA needs a LoRA in training, and there is none: take AdamW")
+    return found
+
+
+@contextmanager
+def first_factors_frozen(model: nn.Module) -> Iterator[None]:
+    """Keep every A that LoRA-FA leaves as it is from getting gradients, for a `with` block."""
+    frozen = [a for a, _ in factors_of(model).values() if a.requires_grad]
+    for a in frozen:
+        a.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for a in frozen:
+            a.requires_grad_(True)
+
+
+def rates(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], lr: float, ratio: float, embed: float
+) -> dict[str, float]:
+    """Return by name LoRA+'s multiple of `lr`: `ratio` for B and vectors, on embeddings another.
+
+    UserError where there is no B.
+    """
+    embedded = {
+        p
+        for host, adapter in adapters(model)
+        if host.base.kind == "embedding"
+        for p in adapter.parameters()
+    }
+    found = {
+        name: embed / lr if p in embedded else ratio if is_second(name) or p.ndim == 1 else 1.0
+        for name, p in parameters.items()
+    }
+    if not any(is_second(name) for name in parameters):
+        raise UserError(
+            "LoRA+ sets the learning rate of a LoRA's B apart, and none is in training: leave "
+            "loraplus_lr_ratio out"
+        )
+    return found
+
+
+def is_second(name: str) -> bool:
+    """Return whether a parameter of this name is the factor B of a LoRA or of its like."""
+    return name.rpartition(".")[2] == "lora_B"
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[Inlaid, Adapter]]:
+    """Yield each adapter with its host."""
+    for host in model.modules():
+        if isinstance(host, Inlaid):
+            for adapter in host.adapters.values():
+                yield host, adapter  # type: ignore[misc]
