@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from inlay.methods.ia3 import IA3Config
     from inlay.methods.ln_tuning import LNTuningConfig
     from inlay.methods.loha import LoHaConfig
+    from inlay.methods.lokr import LoKrConfig
     from inlay.methods.lora import LoraConfig
     from inlay.methods.miss import MissConfig
     from inlay.methods.peanut import PeanutConfig
@@ -97,6 +98,7 @@ __all__ = [
     "IA3Config",
     "LNTuningConfig",
     "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "MissConfig",
     "PeanutConfig",
@@ -158,6 +160,7 @@ _MODULES = {
     "inlay.methods.ia3": ["IA3Config"],
     "inlay.methods.ln_tuning": ["LNTuningConfig"],
     "inlay.methods.loha": ["LoHaConfig"],
+    "inlay.methods.lokr": ["LoKrConfig"],
     "inlay.methods.lora": ["LoraConfig"],
     "inlay.methods.miss": ["MissConfig"],
     "inlay.methods.peanut": ["PeanutConfig"],

@@ -12,6 +12,7 @@ import inlay
 
 PUBLIC = {
     "LoHaConfig",
+    "LoKrConfig",
     "create_loraplus_optimizer",
     "create_lorafa_optimizer",
     "AdaLoraConfig",

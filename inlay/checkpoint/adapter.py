@@ -125,13 +125,21 @@ def load_adapter(
         )
     path = files.tensor_file(folder)
     shapes = files.read_shapes(path)
-    if (folder / files.OURS).is_file():
-        ours = files.read_json(folder / files.OURS)
-        files.check_digest(folder, ours)
-        if check_base and "base" in ours:
-            replaced = settings.modules_to_save or ()
-            check_same_base(roster.model, ours["base"], folder / files.OURS, replaced=replaced)
+    check_origin(roster, folder, settings, base=check_base)
     return add_with_tensors(roster, name, settings, shapes, path, trainable=trainable)
+
+
+def check_origin(
+    roster: Roster, folder: Path, settings: TargetedConfig, *, base: bool = True
+) -> None:
+    """Raise UserError where `folder` was changed since it was saved, or is of another base."""
+    if not (folder / files.OURS).is_file():
+        return
+    ours = files.read_json(folder / files.OURS)
+    files.check_digest(folder, ours)
+    if base and "base" in ours:
+        replaced = settings.modules_to_save or ()
+        check_same_base(roster.model, ours["base"], folder / files.OURS, replaced=replaced)
 
 
 def add_with_tensors(
@@ -153,10 +161,10 @@ def add_with_tensors(
         raise UserError(f"{path.parent}: no layer can hold such an adapter: {reason}") from None
     try:
         wanted = slots(roster, name)
-        base = _base_tensors(roster, shapes.keys() - wanted.keys(), shapes)
+        base = base_tensors(roster, shapes.keys() - wanted.keys(), shapes)
         compare({k: s for k, s in shapes.items() if k not in base}, wanted, path)
         tensors = files.read_tensors(path)
-        changed = _changed(base, tensors, path, alone=first)
+        changed = changed_embeddings(base, tensors, path, alone=first)
         for key, slot in wanted.items():
             slot.put(tensors[key])
         complete(roster, name)
@@ -180,9 +188,9 @@ def set_tensors(roster: Roster, name: str, tensors: Mapping[str, Tensor]) -> Non
     wanted = slots(roster, name)
     full = {k if k in wanted or k.startswith(ROOT) else PREFIX + k: t for k, t in tensors.items()}
     shapes = {key: tuple(t.shape) for key, t in full.items()}
-    base = _base_tensors(roster, shapes.keys() - wanted.keys(), shapes)
+    base = base_tensors(roster, shapes.keys() - wanted.keys(), shapes)
     compare({k: s for k, s in shapes.items() if k not in base}, wanted, "the state dict")
-    changed = _changed(base, full, "the state dict", alone=len(roster.names) == 1)
+    changed = changed_embeddings(base, full, "the state dict", alone=len(roster.names) == 1)
     with torch.no_grad():
         for key, slot in wanted.items():
             slot.put(full[key])
@@ -190,7 +198,7 @@ def set_tensors(roster: Roster, name: str, tensors: Mapping[str, Tensor]) -> Non
             weight.data.copy_(tensor)
 
 
-def _base_tensors(
+def base_tensors(
     roster: Roster, keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, nn.Parameter]:
     """Return by key the embeddings' own weights, which PEFT writes beside an adapter."""
@@ -208,7 +216,7 @@ def _base_tensors(
     return found
 
 
-def _changed(
+def changed_embeddings(
     base: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], where: Any, *, alone: bool
 ) -> list[tuple[nn.Parameter, Tensor]]:
     """Return the embeddings' weights that are another in the file, each with the file's."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.checkpoint.adapter import adapter_tensors, save_adapter, set_tensors
+from inlay.checkpoint.hotswap import hotswap, prepare
 from inlay.checkpoint.names import PREFIX
 from inlay.core.config import AdapterConfig
 from inlay.core.errors import UserError
@@ -28,7 +29,8 @@ _ROSTER = "_inlay_roster"
 
 
 def roster_of(model: nn.Module) -> Roster:
-    """Return the adapters of a `PeftModel` or of a model with injected ones; else UserError."""
+    """Return the adapters of a `PeftModel`, or of a model with injected ones; compiled or not."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile was given
     found = model.roster if isinstance(model, PeftModel) else model.__dict__.get(_ROSTER)
     if not isinstance(found, Roster):
         raise UserError(
@@ -152,3 +154,23 @@ def _named_by(state_dict: Mapping[str, Any], model: nn.Module) -> list[str]:
             )
         found[path] = None
     return list(found)
+
+
+def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | None = None) -> None:
+    """Make room for LoRAs up to `target_rank` (default: the largest here), before compiling.
+
+    The adapters come to that rank and to scale 1; what they compute stays. UserError where one is
+    no plain LoRA.
+    """
+    prepare(roster_of(model), target_rank)
+
+
+def hotswap_adapter(
+    model: nn.Module, model_name_or_path: str | Path, adapter_name: str = "default"
+) -> None:
+    """Put the LoRA saved in a folder into the place of `adapter_name`.
+
+    No parameter is replaced, so a compiled model is not compiled again. UserError, with nothing
+    changed, where it does not fit: a higher rank, more layers, more than A and B.
+    """
+    hotswap(roster_of(model), adapter_name, model_name_or_path)
