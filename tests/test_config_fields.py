@@ -151,6 +151,12 @@ FIELDS = {
         peft_version r rank_dropout rank_pattern revision target_modules task_type
         use_effective_conv2d
     """,
+    "inlay.methods.lokr:LoKrConfig": """
+        alpha alpha_pattern auto_mapping base_model_name_or_path decompose_both decompose_factor
+        exclude_modules inference_mode init_weights layers_pattern layers_to_transform
+        module_dropout modules_to_save peft_type peft_version r rank_dropout rank_dropout_scale
+        rank_pattern revision target_modules task_type use_effective_conv2d
+    """,
     "inlay.train.settings:TrainConfig": """
         adam_beta1 adam_beta2 adam_epsilon early_stopping_patience early_stopping_threshold
         eval_batch_size eval_steps gradient_accumulation_steps gradient_checkpointing learning_rate

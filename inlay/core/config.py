@@ -39,6 +39,7 @@ class PeftType(enum.StrEnum):
     HRA = "HRA"
     C3A = "C3A"
     LOHA = "LOHA"
+    LOKR = "LOKR"
     FULL = "FULL"
     PROMPT_TUNING = "PROMPT_TUNING"
     BOTTLENECK = "BOTTLENECK"
