@@ -10,6 +10,8 @@ section 3.3 and equation 12).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -35,16 +37,21 @@ class Ranks:
     masks: module path -> whether each of its ranks is kept; empty until the first choice.
     """
 
-    def __init__(self, roster: Roster, name: str) -> None:
-        """Take up the adapter; UserError where it is none of AdaLoRA's, or has no total_step."""
+    def __init__(self, roster: Roster, name: str, steps: int | None = None) -> None:
+        """Take up the adapter; UserError where it is none of AdaLoRA's, or has no total_step.
+
+        steps: the total_step where the configuration leaves it out; its file then says it too.
+        """
         roster.check(name)
         config = roster.configs[name]
         if not isinstance(config, AdaLoraConfig):
             raise UserError(f"{name!r} is {config.method}: only AdaLoRA chooses ranks in training")
+        if config.total_step is None and steps is not None:
+            config = roster.configs[name] = config.replace(total_step=steps)
         if config.total_step is None:
             raise UserError("AdaLoRA's schedule needs total_step, the steps of the whole training")
         self.config, self.total = config, config.total_step
-        self._roster, self._name = roster, name
+        self.name, self._roster = name, roster
         self.adapters = {
             path: adapter
             for path, _, adapter in roster.adapters(name)
@@ -75,6 +82,38 @@ class Ranks:
         elif step > last:
             self._mask()
 
+    def penalty(self) -> Tensor:
+        """Return what the loss gets for A A^T and B^T B being far from I: mean of their norms."""
+        squares = [
+            square
+            for adapter in self.adapters.values()
+            for square in (adapter.lora_A @ adapter.lora_A.T, adapter.lora_B.T @ adapter.lora_B)
+        ]
+        apart = [(square - torch.eye(len(square)).to(square)).norm() for square in squares]
+        return self.config.orth_reg_weight * torch.stack(apart).mean()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return by name all that is remembered from step to step."""
+        found = {f"mask.{path}": torch.tensor(mask) for path, mask in self.masks.items()}
+        for key, parameter in self._parameters():
+            if parameter in self._seen:
+                seen = self._seen[parameter]
+                found |= {f"mean.{key}": seen.mean, f"change.{key}": seen.change}
+        return found
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Remember what `state` returned; copies."""
+        self.masks = {
+            path: state[f"mask.{path}"].tolist()
+            for path in self.adapters
+            if f"mask.{path}" in state
+        }
+        self._seen = {
+            p: Importance(*(state[f"{kind}.{key}"].to(p, copy=True) for kind in ("mean", "change")))
+            for key, p in self._parameters()
+            if f"mean.{key}" in state
+        }
+
     @torch.no_grad()
     def settle(self) -> None:
         """Leave the ranks that were taken away out for good, of the adapter and of its file.
@@ -92,23 +131,44 @@ class Ranks:
                 old = adapter.get_parameter(part)
                 new = old[:, kept] if part == "lora_B" else old[kept]
                 setattr(adapter, part, nn.Parameter(new, old.requires_grad))
-        self._roster.configs[self._name] = settled
+        self._roster.configs[self.name] = settled
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Have the ranks that were taken away left out for a while, to write a file."""
+        config = self._roster.configs[self.name]
+        before = {
+            path: (adapter.config, {part: adapter.get_parameter(part) for part in PARTS})
+            for path, adapter in self.adapters.items()
+        }
+        self.settle()
+        try:
+            yield
+        finally:
+            self._roster.configs[self.name] = config
+            for path, (own, parts) in before.items():
+                self.adapters[path].config = own
+                for part, parameter in parts.items():
+                    setattr(self.adapters[path], part, parameter)
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for path, adapter in self.adapters.items():
+            for part in PARTS:
+                yield f"{path}.{part}", adapter.get_parameter(part)
 
     def _observe(self) -> None:
         beta1, beta2 = self.config.beta1, self.config.beta2
-        for adapter in self.adapters.values():
-            for part in PARTS:
-                p = adapter.get_parameter(part)
-                if p.grad is None:
-                    raise UserError(
-                        "AdaLoRA chooses ranks by gradients: call update_and_allocate after "
-                        "backward and before zero_grad"
-                    )
-                seen = self._seen.get(p) or Importance(torch.zeros_like(p), torch.zeros_like(p))
-                now = (p * p.grad).abs()
-                seen.mean = beta1 * seen.mean + (1 - beta1) * now
-                seen.change = beta2 * seen.change + (1 - beta2) * (now - seen.mean).abs()
-                self._seen[p] = seen
+        for _, p in self._parameters():
+            if p.grad is None:
+                raise UserError(
+                    "AdaLoRA chooses ranks by gradients: call update_and_allocate after "
+                    "backward and before zero_grad"
+                )
+            seen = self._seen.get(p) or Importance(torch.zeros_like(p), torch.zeros_like(p))
+            now = (p * p.grad).abs()
+            seen.mean = beta1 * seen.mean + (1 - beta1) * now
+            seen.change = beta2 * seen.change + (1 - beta2) * (now - seen.mean).abs()
+            self._seen[p] = seen
 
     def _choose(self, budget: int) -> None:
         if not self._seen:
@@ -131,3 +191,12 @@ class Ranks:
         for path, mask in self.masks.items():
             e = self.adapters[path].lora_E
             e.masked_fill_(~torch.tensor(mask, device=e.device)[:, None], 0.0)
+
+
+def in_training(roster: Roster, steps: int | None = None) -> list[Ranks]:
+    """Return the ranks of every AdaLoRA that is active and in training; steps: see `Ranks`."""
+    return [
+        Ranks(roster, name, steps)
+        for name in roster.selection.active
+        if name in roster.trainable and isinstance(roster.configs[name], AdaLoraConfig)
+    ]

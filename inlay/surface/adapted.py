@@ -6,16 +6,23 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+
+from inlay.core.errors import UserError
+from inlay.model.ranks import Ranks, in_training
+from inlay.model.roster import Roster
 
 
 class Adapted(nn.Module):
     """The base with its hosts, a level below `PeftModel`: paths read `base_model.model....`."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Hold `model`."""
+    def __init__(self, model: nn.Module, roster: Roster) -> None:
+        """Hold `model`, whose adapters `roster` has."""
         super().__init__()
         self.model = model
+        self._roster = roster
+        self._ranks: dict[str, Ranks] = {}
         self._own: Callable[..., Any] | None = None
         self._entered = False
 
@@ -36,6 +43,41 @@ class Adapted(nn.Module):
         if self._own is None:
             self._own = self.model.forward
         self.model.forward = types.MethodType(forward, self.model)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Choose the ranks of the AdaLoRA in training after step `global_step`, as PEFT does.
+
+        After the optimizer's step and before its gradients go. `inlay train` does it by itself.
+        """
+        found = self._training()
+        if not found:
+            raise UserError("update_and_allocate is for an AdaLoRA in training, and there is none")
+        for ranks in found:
+            ranks.update_and_allocate(global_step)
+
+    def penalized(self, outputs: Any) -> Any:
+        """Return a model's outputs, to whose loss AdaLoRA's is added in training."""
+        if not self.training or not torch.is_grad_enabled():
+            return outputs
+        if isinstance(getattr(outputs, "loss", None), torch.Tensor):
+            for ranks in self._training():
+                if ranks.config.orth_reg_weight:
+                    outputs.loss = outputs.loss + ranks.penalty()
+        return outputs
+
+    def ranks(self, name: str) -> Ranks | None:
+        """Return what was chosen of adapter `name` in training, where anything was."""
+        return self._ranks.get(name)
+
+    def _training(self) -> list[Ranks]:
+        if not any(config.method == "ADALORA" for config in self._roster.configs.values()):
+            return []
+        found = in_training(self._roster)
+        for ranks in found:
+            known = self._ranks.get(ranks.name)
+            if known is None or known.adapters != ranks.adapters:
+                self._ranks[ranks.name] = ranks
+        return [self._ranks[ranks.name] for ranks in found]
 
     def __getattr__(self, name: str) -> Any:
         """Return the model's attribute."""

@@ -46,7 +46,7 @@ class PeftModel(nn.Module):
                     "the model holds adapters already: use add_adapter(), or unload() them first"
                 )
             roster = Roster(model)
-        self.base_model = Adapted(model)
+        self.base_model = Adapted(model, roster)
         self.roster = roster
         self._base_fingerprint = fingerprint(model)
         self.register_state_dict_post_hook(leave_out_tied)
@@ -264,14 +264,16 @@ class PeftModel(nn.Module):
         for name in chosen:
             place = Path(save_directory) if name == "default" else Path(save_directory) / name
             extra = tokenizer_files(tokenizer, chat_template)
-            save_adapter(
-                self.roster,
-                name,
-                place,
-                base=self._base_fingerprint,
-                extra=extra,
-                as_plain_lora=as_plain_lora,
-            )
+            ranks = self.base_model.ranks(name)
+            with contextlib.nullcontext() if ranks is None else ranks.settled():
+                save_adapter(
+                    self.roster,
+                    name,
+                    place,
+                    base=self._base_fingerprint,
+                    extra=extra,
+                    as_plain_lora=as_plain_lora,
+                )
 
     @classmethod
     def from_pretrained(

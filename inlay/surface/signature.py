@@ -23,7 +23,7 @@ def forward_of(*inputs: str) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """Return what the model returns, with the active adapters, or each row with its own."""
         with self.routed(adapter_names):
-            return self.base_model(*args, **kwargs)
+            return self.base_model.penalized(self.base_model(*args, **kwargs))
 
     kinds = inspect.Parameter
     named = [kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=None) for name in inputs]

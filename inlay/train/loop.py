@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from inlay.core.errors import UserError
+from inlay.model.ranks import in_training
 from inlay.train.distributed import add_up, rank, world
 from inlay.train.evaluate import evaluate_loss
 from inlay.train.events import Events, memory_mb
@@ -98,17 +99,22 @@ class _Run:
         self.parameters = trainable(model)
         self.optimizer = make_optimizer(self.parameters, config, model)
         precision = choose(config.precision, model)
-        self.stepper = Stepper(model, self.parameters, objective, tokenizer, precision, config.seed)
         per_step = config.micro_batch_size * config.gradient_accumulation_steps * world()
         self.order = Order(len(train), per_step, config.seed)
         self.total = config.max_steps or max(
             1, math.ceil(config.num_epochs * self.order.steps_per_epoch)
         )
+        roster = getattr(model, "roster", None)
+        self.ranks = [] if roster is None else in_training(roster, self.total)
+        penalties = [ranks.penalty for ranks in self.ranks if ranks.config.orth_reg_weight]
+        self.stepper = Stepper(
+            model, self.parameters, objective, tokenizer, precision, config.seed, penalties
+        )
         self.eval_every = config.eval_steps or self.order.steps_per_epoch
         self.progress = Progress()
         identity = {**config.identity(), "devices": world()}
         identity["rows"] = digest_rows(train, objective.size)
-        self.keeper = Keeper(folder, self.parameters, self.optimizer, identity, config)
+        self.keeper = Keeper(folder, self.parameters, self.optimizer, identity, config, self.ranks)
 
     def start(self) -> None:
         """Begin at step 0."""
@@ -116,6 +122,10 @@ class _Run:
             require_fresh(self.folder)
             self.events.rewind(-1)
         self.emit("start", steps=self.total, **self._facts())
+        for ranks in self.ranks:
+            if ranks.total != self.total:
+                told = f"total_step is {ranks.total}, but this run has {self.total} steps"
+                self.emit("notice", text=f"{told}: ranks are chosen by the former")
 
     def restore(self) -> None:
         """Begin where the newest verified checkpoint stands, or at step 0."""
@@ -168,6 +178,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["ratio"]
         self.optimizer.step()
+        for ranks in self.ranks:
+            ranks.update_and_allocate(progress.step + 1)
         self.optimizer.zero_grad(set_to_none=True)
         progress.add_step(sums, time.monotonic() - began)
         if progress.step % config.logging_steps == 0 or progress.step == self.total:
@@ -227,6 +239,9 @@ class _Run:
             fault = self.keeper.restore_weights(progress.best_step)
             if fault is not None:
                 self.emit("notice", text=f"ended with the last weights, not the best: {fault}")
+        if stopped in ("done", "early"):
+            for ranks in self.ranks:
+                ranks.settle()
         outcome = Outcome(
             step=progress.step,
             total_steps=self.total,

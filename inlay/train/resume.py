@@ -2,6 +2,7 @@
 
     weights.NAME              every trained parameter
     optimizer.KIND.NAME       its AdamW state: exp_avg, exp_avg_sq, step
+    ranks.ADAPTER.NAME        what AdaLoRA remembers of each parameter, and what it has chosen
 
 There is no random state to save: each micro-batch is seeded by the run's seed and its own number.
 """
@@ -25,6 +26,7 @@ from inlay.checkpoint.train import (
     write_checkpoint,
 )
 from inlay.core.errors import UserError
+from inlay.model.ranks import Ranks
 from inlay.train.distributed import rank, wait
 from inlay.train.optim import load_optimizer_tensors, optimizer_tensors
 from inlay.train.progress import Progress
@@ -41,11 +43,13 @@ class Keeper:
         optimizer: torch.optim.Optimizer,
         identity: Mapping[str, Any],
         config: TrainConfig,
+        ranks: Sequence[Ranks] = (),
     ) -> None:
         """Touch nothing yet."""
         self.folder = folder / "checkpoints"
         self.parameters, self.optimizer = parameters, optimizer
         self.identity, self.config = identity, config
+        self.ranks = ranks
         self.saved: int | None = None
 
     def restore(self, notice: Callable[[str], None]) -> Progress | None:
@@ -59,7 +63,9 @@ class Keeper:
             return None
         state = found.state()
         check_same_run(found.path, state["identity"], self.identity)
-        fill(self.parameters, self.optimizer, found.tensors())
+        tensors = found.tensors()
+        fill(self.parameters, self.optimizer, tensors)
+        self._recall(tensors)
         self.saved = found.step
         return Progress(**state["progress"])
 
@@ -74,6 +80,9 @@ class Keeper:
         path = None
         if rank() == 0:
             tensors = gather_tensors(self.parameters, self.optimizer)
+            for ranks in self.ranks:
+                held = ranks.state()
+                tensors |= {f"ranks.{ranks.name}.{key}": value for key, value in held.items()}
             state = {"identity": self.identity, "progress": asdict(progress)}
             path = write_checkpoint(self.folder, progress.step, tensors, state).path
             keep = progress.best_step if self.config.restore_best else None
@@ -86,8 +95,14 @@ class Keeper:
         path = self.folder / f"step-{step}"
         fault = find_fault(path)
         if fault is None:
-            fill(self.parameters, None, Checkpoint(path, step).tensors())
+            tensors = Checkpoint(path, step).tensors()
+            fill(self.parameters, None, tensors)
+            self._recall(tensors)
         return fault
+
+    def _recall(self, tensors: Mapping[str, Tensor]) -> None:
+        for ranks in self.ranks:
+            ranks.load(_under(f"ranks.{ranks.name}.", tensors))
 
 
 def gather_tensors(

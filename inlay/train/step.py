@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,9 @@ class Stepper:
     tokenizer: Any
     precision: torch.dtype
     seed: int
+    penalties: Sequence[Callable[[], Tensor]] = ()
+    """What is added to a step's loss for the weights alone; not in the loss that is told, which is
+    that of the rows."""
 
     def gradient(self, step: int, micros: Sequence[Sequence[Any]]) -> Sums:
         """Add the gradient of this rank's `micros` up, each a list of rows.
@@ -80,6 +83,8 @@ class Stepper:
             share = self._share(batch, norm)
             share.backward()
             shares.append(share.detach().float())
+        for penalty in self.penalties if rank() == 0 else ():  # once, however a step is cut
+            penalty().backward()
         add_up_gradients(self.parameters.values())
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=device)
