@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inlay.core.config import PeftType, TaskType
     from inlay.core.errors import UserError
+    from inlay.methods.adaption_prompt import AdaptionPromptConfig
     from inlay.methods.adalora import AdaLoraConfig
     from inlay.methods.beft import BeftConfig
     from inlay.methods.bitfit import BitfitConfig
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from inlay.methods.randlora import RandLoraConfig
     from inlay.methods.road import RoadConfig
     from inlay.methods.shira import ShiraConfig
+    from inlay.methods.supertuning import SupertuningConfig
     from inlay.methods.trainable_tokens import TrainableTokensConfig
     from inlay.methods.vera import VeraConfig
     from inlay.model.load import load_base
@@ -78,6 +80,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaLoraConfig",
+    "AdaptionPromptConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -118,6 +121,7 @@ __all__ = [
     "RoadConfig",
     "Run",
     "ShiraConfig",
+    "SupertuningConfig",
     "TaskType",
     "TrainableTokensConfig",
     "UserError",
@@ -147,6 +151,7 @@ _MODULES = {
     "inlay.core.config": ["PeftType", "TaskType"],
     "inlay.core.errors": ["UserError"],
     "inlay.methods.bottleneck": ["BottleneckConfig"],
+    "inlay.methods.adaption_prompt": ["AdaptionPromptConfig"],
     "inlay.methods.adalora": ["AdaLoraConfig"],
     "inlay.methods.beft": ["BeftConfig"],
     "inlay.methods.bitfit": ["BitfitConfig"],
@@ -168,6 +173,7 @@ _MODULES = {
     "inlay.methods.road": ["RoadConfig"],
     "inlay.methods.prompt_tuning": ["PromptTuningConfig"],
     "inlay.methods.shira": ["ShiraConfig"],
+    "inlay.methods.supertuning": ["SupertuningConfig"],
     "inlay.methods.pvera": ["PveraConfig"],
     "inlay.methods.randlora": ["RandLoraConfig"],
     "inlay.methods.vera": ["VeraConfig"],

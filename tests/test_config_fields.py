@@ -65,6 +65,12 @@ FIELDS = {
         init_weights layers_pattern layers_to_transform mask_type modules_to_save peft_type
         peft_version r random_seed revision target_modules task_type
     """,
+    "inlay.methods.supertuning:SupertuningConfig": """
+        auto_mapping base_model_name_or_path inference_mode init_weights exclude_modules
+        layers_pattern layers_to_transform lora_alpha lora_dropout modules_to_save peft_type
+        peft_version r revision save_precomputed_indices select_top sparsity target_modules
+        task_type
+    """,
     "inlay.methods.adalora:AdaLoraConfig": """
         auto_mapping base_model_name_or_path beta1 beta2 bias deltaT exclude_modules fan_in_fan_out
         inference_mode init_lora_weights init_r layers_pattern layers_to_transform lora_alpha
@@ -156,6 +162,10 @@ FIELDS = {
         exclude_modules inference_mode init_weights layers_pattern layers_to_transform
         module_dropout modules_to_save peft_type peft_version r rank_dropout rank_dropout_scale
         rank_pattern revision target_modules task_type use_effective_conv2d
+    """,
+    "inlay.methods.adaption_prompt:AdaptionPromptConfig": """
+        adapter_layers adapter_len auto_mapping base_model_name_or_path inference_mode
+        modules_to_save peft_type peft_version revision target_modules task_type
     """,
     "inlay.train.settings:TrainConfig": """
         adam_beta1 adam_beta2 adam_epsilon early_stopping_patience early_stopping_threshold

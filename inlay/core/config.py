@@ -33,6 +33,7 @@ class PeftType(enum.StrEnum):
     BEFT = "BEFT"
     BITFIT = "BITFIT"
     VERA = "VERA"
+    SUPERTUNING = "SUPERTUNING"
     RANDLORA = "RANDLORA"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
     PVERA = "PVERA"
@@ -42,6 +43,7 @@ class PeftType(enum.StrEnum):
     LOKR = "LOKR"
     FULL = "FULL"
     PROMPT_TUNING = "PROMPT_TUNING"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
     BOTTLENECK = "BOTTLENECK"
 
 
