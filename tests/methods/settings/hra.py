@@ -2,8 +2,8 @@
 
 Not apply_GS beside PEFT: there pairs of equal vectors are made orthogonal, which leaves rounding
 errors for the half of them (tests/methods/test_hra.py compares it once trained). Nor a convolution
-with padding, a dilation, or a kernel that is no square: PEFT takes the first number of padding,
-stride and kernel for all, and leaves dilation and padding_mode out.
+whose sides differ, or with a dilation: PEFT takes the first number of kernel, padding and stride
+for all sides, and leaves dilation and padding_mode out.
 """
 
 from tests.methods.bases import bert, llama, t5, vit
