@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inlay.core.config import PeftType, TaskType
     from inlay.core.errors import UserError
-    from inlay.methods.adaption_prompt import AdaptionPromptConfig
     from inlay.methods.adalora import AdaLoraConfig
+    from inlay.methods.adaption_prompt import AdaptionPromptConfig
     from inlay.methods.beft import BeftConfig
     from inlay.methods.bitfit import BitfitConfig
     from inlay.methods.bottleneck import BottleneckConfig
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from inlay.methods.lokr import LoKrConfig
     from inlay.methods.lora import LoraConfig
     from inlay.methods.miss import MissConfig
+    from inlay.methods.osf import OSFConfig
     from inlay.methods.peanut import PeanutConfig
     from inlay.methods.prompt_tuning import PromptTuningConfig
     from inlay.methods.psoft import PsoftConfig
@@ -104,6 +105,7 @@ __all__ = [
     "LoKrConfig",
     "LoraConfig",
     "MissConfig",
+    "OSFConfig",
     "PeanutConfig",
     "PeftConfig",
     "PeftModel",
@@ -168,6 +170,7 @@ _MODULES = {
     "inlay.methods.lokr": ["LoKrConfig"],
     "inlay.methods.lora": ["LoraConfig"],
     "inlay.methods.miss": ["MissConfig"],
+    "inlay.methods.osf": ["OSFConfig"],
     "inlay.methods.peanut": ["PeanutConfig"],
     "inlay.methods.psoft": ["PsoftConfig"],
     "inlay.methods.road": ["RoadConfig"],

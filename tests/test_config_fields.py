@@ -71,6 +71,11 @@ FIELDS = {
         peft_version r revision save_precomputed_indices select_top sparsity target_modules
         task_type
     """,
+    "inlay.methods.osf:OSFConfig": """
+        auto_mapping base_model_name_or_path effective_rank exclude_modules inference_mode
+        init_weights layers_pattern layers_to_transform modules_to_save peft_type peft_version
+        rank_pattern revision target_modules target_svd_config task_type
+    """,
     "inlay.methods.adalora:AdaLoraConfig": """
         auto_mapping base_model_name_or_path beta1 beta2 bias deltaT exclude_modules fan_in_fan_out
         inference_mode init_lora_weights init_r layers_pattern layers_to_transform lora_alpha

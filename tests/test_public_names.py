@@ -38,6 +38,7 @@ PUBLIC = {
     "LNTuningConfig",
     "LoraConfig",
     "MissConfig",
+    "OSFConfig",
     "PeanutConfig",
     "PeftConfig",
     "PeftModel",

@@ -33,6 +33,7 @@ class PeftType(enum.StrEnum):
     BEFT = "BEFT"
     BITFIT = "BITFIT"
     VERA = "VERA"
+    OSF = "OSF"
     SUPERTUNING = "SUPERTUNING"
     RANDLORA = "RANDLORA"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from inlay.core import patterns
@@ -80,6 +80,11 @@ class TargetedConfig(AdapterConfig):
             value = self.site_keys(patterned).first(site, getattr(self, field))
             object.__setattr__(here, field, value)
         return here
+
+    def wanted(self, paths: Sequence[str]) -> list[str] | str | None:
+        """Return the target_modules that are meant among a model's `paths`; None: the usual."""
+        del paths
+        return self.target_modules
 
     def site_keys(self, field: str) -> patterns.Keys[Any]:
         """Return the patterns in a field of `by_site`, sorted once for all sites."""

@@ -82,8 +82,10 @@ def resolve(model: nn.Module, config: TargetedConfig, *, strict: bool = True) ->
 
 def targets(model: nn.Module, config: TargetedConfig) -> Sequence[str] | str:
     """Return target_modules, or the usual ones of the model's type where none are given."""
-    if config.target_modules is not None:
-        return config.target_modules
+    paths = [path for path, _ in modules(model)]
+    wanted = config.wanted(paths)
+    if wanted is not None:
+        return wanted
     kind = getattr(getattr(model, "config", None), "model_type", None)
     usual: Mapping[Any, list[str] | str] = TARGETS_OF.get(config.usual, TARGETS)
     if kind not in usual:
@@ -94,7 +96,7 @@ def targets(model: nn.Module, config: TargetedConfig) -> Sequence[str] | str:
     names = usual[kind]
     if isinstance(names, str):
         return names
-    ends = {end for path, _ in modules(model) for end in patterns.ends(path)}
+    ends = {end for path in paths for end in patterns.ends(path)}
     return [name for name in names if name in ends] or names
 
 
