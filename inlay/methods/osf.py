@@ -99,13 +99,28 @@ class OSF(Delta):
                 with torch.no_grad():
                     parameter.copy_(start)
 
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return [U S, -U_0 S_0] [O, 2 M] and [V; V_0] [2 M, I]."""
+    def _pairs(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Return U S [O, M] and V [M, I]: as they are, and as they were."""
         held = {name: buffer.to(dtype) for name, buffer in self.named_buffers()}
         u0, v0 = held["U0"], held["V0"]
         u = _apart(self.U.to(dtype), u0, held.get("Uh"))
         v = _apart(self.V.to(dtype).T, v0.T, held["Vh"].T if "Vh" in held else None).T
-        return torch.cat((u * self.S.to(dtype), -u0 * held["S0"]), 1), torch.cat((v, v0))
+        return [(u * self.S.to(dtype), v), (u0 * held["S0"], v0)]
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return [U S, -U_0 S_0] [O, 2 M] and [V; V_0] [2 M, I]."""
+        (b, a), (b0, a0) = self._pairs(dtype)
+        return torch.cat((b, -b0), 1), torch.cat((a, a0))
+
+    def delta(self, dtype: torch.dtype) -> Tensor:
+        """Return U S V - U_0 S_0 V_0, each by itself: exactly zero before training."""
+        now, then = (b @ a for b, a in self._pairs(dtype))
+        return now - then
+
+    def update(self, base: Base, x: Tensor) -> Tensor:
+        """Return the update's share, each product by itself."""
+        now, then = (base.up(base.down(x.to(a), a), b) for b, a in self._pairs(self.dtype))
+        return now - then
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return PEFT's names."""
