@@ -70,7 +70,11 @@ class Hra(Delta):
             self.hra_u.copy_(torch.cat([twice, drawn[:, pairs:]], dim=1))
 
     def _reflections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return U [I, R] of unit columns and T [R, R]."""
+        """Return V [I, R] and K [R, R], of which V K V^T is U T U^T.
+
+        V has the second vector of a pair less the first: at the start that is zero to the bit, and
+        so is all that K says of the first ones alone.
+        """
         # neither QR nor solving has a kernel for half precision
         u = self.hra_u.to(torch.promote_types(dtype, torch.float32))
         one = torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
@@ -81,31 +85,35 @@ class Hra(Delta):
         # by one root of both squares, for then the cosine of two equal vectors is 1 to the bit
         cosines = products / (squares[:, None] * squares).sqrt()
         t = torch.linalg.solve_triangular(cosines.triu(1) + one / 2, one, upper=True)
-        return (u / squares.sqrt()).to(dtype), t.to(dtype)
+        second = one.roll(1, 1)
+        second[1::2] = 0
+        second[:, 0] = 0
+        v = u / squares.sqrt() @ (one - second)
+        return v.to(dtype), ((one + second) @ t @ (one + second).T).to(dtype)
 
     def delta(self, dtype: torch.dtype) -> Tensor:
         """Raise TypeError: there is no update without the weight."""
         raise TypeError("the update of HRA depends on the weight it is added to")
 
     def reweight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return W - (W U T) U^T, and the trained bias where there is one."""
-        u, t = self._reflections(weight.dtype)
+        """Return W - (W V K) V^T, and the trained bias where there is one."""
+        v, k = self._reflections(weight.dtype)
         own = bias if self.bias is None else self.bias.to(weight.dtype)
-        return weight - weight @ u @ t @ u.T, own
+        return weight - weight @ v @ k @ v.T, own
 
     def update(self, base: Base, x: Tensor) -> Tensor:
-        """Return -(W U T) (U^T x), never a product of the weight's size."""
-        u, t = self._reflections(self.dtype)
+        """Return -(W V K) (V^T x), never a product of the weight's size."""
+        v, k = self._reflections(self.dtype)
         weight = base.weight().to(self.dtype)
-        return base.up(base.down(x.to(self.dtype), u.T), -(weight @ u @ t))
+        return base.up(base.down(x.to(self.dtype), v.T), -(weight @ v @ k))
 
     def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what the layer makes of the reflected input; of a linear no weight is needed."""
         if base.kind != "linear":  # the inputs of a convolution overlap: none is reflected alone
             return super().forward(base, x, *args, **kwargs)
-        u, t = self._reflections(self.dtype)
+        v, k = self._reflections(self.dtype)
         wide = x.to(self.dtype)
-        below = base((wide - wide @ u @ t.T @ u.T).to(x.dtype), *args, **kwargs)
+        below = base((wide - wide @ v @ k.T @ v.T).to(x.dtype), *args, **kwargs)
         if self.bias is None:
             return below
         return (below + (self.bias - base.bias())).to(below.dtype)  # type: ignore[operator]

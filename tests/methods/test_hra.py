@@ -35,12 +35,18 @@ def test_the_weight_is_turned_by_one_reflection_after_another(settings: dict[str
 
 
 @pytest.mark.parametrize("r", [2, 8])
-def test_an_even_rank_starts_from_the_base_up_to_rounding(r: int) -> None:
-    layer = nn.Linear(33, 20)
-    adapter = Hra(HRAConfig(r=r), view(layer))
-    adapter.reset(view(layer))
-    x = torch.randn(7, 33)
-    torch.testing.assert_close(adapter(view(layer), x), layer(x), rtol=0, atol=5e-7)
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(33, 20), (7, 33)), (nn.Conv2d(6, 20, 3, padding=1), (2, 6, 5, 4))],
+)
+def test_an_even_rank_starts_from_the_base_to_the_bit(
+    r: int, layer: nn.Module, shape: tuple[int, ...]
+) -> None:
+    base, x = view(layer), torch.randn(shape)
+    adapter = Hra(HRAConfig(r=r), base)
+    adapter.reset(base)
+    assert torch.equal(adapter(base, x), layer(x))
+    assert torch.equal(adapter.reweight(base.weight(), None)[0], base.weight())
 
 
 def test_an_odd_rank_starts_from_one_reflection() -> None:
