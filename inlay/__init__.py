@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from inlay.methods.lokr import LoKrConfig
     from inlay.methods.lora import LoraConfig
     from inlay.methods.miss import MissConfig
+    from inlay.methods.oft import OFTConfig
     from inlay.methods.osf import OSFConfig
     from inlay.methods.peanut import PeanutConfig
+    from inlay.methods.poly import PolyConfig
     from inlay.methods.prompt_tuning import PromptTuningConfig
     from inlay.methods.psoft import PsoftConfig
     from inlay.methods.pvera import PveraConfig
@@ -105,6 +107,7 @@ __all__ = [
     "LoKrConfig",
     "LoraConfig",
     "MissConfig",
+    "OFTConfig",
     "OSFConfig",
     "PeanutConfig",
     "PeftConfig",
@@ -116,6 +119,7 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PolyConfig",
     "PromptTuningConfig",
     "PsoftConfig",
     "PveraConfig",
@@ -164,6 +168,7 @@ _MODULES = {
     "inlay.methods.gralora": ["GraloraConfig"],
     "inlay.methods.hira": ["HiraConfig"],
     "inlay.methods.hra": ["HRAConfig"],
+    "inlay.methods.oft": ["OFTConfig"],
     "inlay.methods.ia3": ["IA3Config"],
     "inlay.methods.ln_tuning": ["LNTuningConfig"],
     "inlay.methods.loha": ["LoHaConfig"],
@@ -174,6 +179,7 @@ _MODULES = {
     "inlay.methods.peanut": ["PeanutConfig"],
     "inlay.methods.psoft": ["PsoftConfig"],
     "inlay.methods.road": ["RoadConfig"],
+    "inlay.methods.poly": ["PolyConfig"],
     "inlay.methods.prompt_tuning": ["PromptTuningConfig"],
     "inlay.methods.shira": ["ShiraConfig"],
     "inlay.methods.supertuning": ["SupertuningConfig"],

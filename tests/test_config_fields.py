@@ -151,6 +151,12 @@ FIELDS = {
         init_weights layers_pattern layers_to_transform modules_to_save peft_type peft_version r
         revision target_modules task_type
     """,
+    "inlay.methods.oft:OFTConfig": """
+        auto_mapping base_model_name_or_path bias block_share coft eps exclude_modules
+        fan_in_fan_out inference_mode init_weights layers_pattern layers_to_transform
+        module_dropout modules_to_save num_cayley_neumann_terms oft_block_size peft_type
+        peft_version r revision target_modules task_type use_cayley_neumann
+    """,
     "inlay.methods.c3a:C3AConfig": """
         auto_mapping base_model_name_or_path bias block_size block_size_pattern exclude_modules
         inference_mode init_weights layers_pattern layers_to_transform modules_to_save peft_type
@@ -171,6 +177,11 @@ FIELDS = {
     "inlay.methods.adaption_prompt:AdaptionPromptConfig": """
         adapter_layers adapter_len auto_mapping base_model_name_or_path inference_mode
         modules_to_save peft_type peft_version revision target_modules task_type
+    """,
+    "inlay.methods.poly:PolyConfig": """
+        auto_mapping base_model_name_or_path exclude_modules inference_mode init_weights
+        layers_pattern layers_to_transform modules_to_save n_skills n_splits n_tasks peft_type
+        peft_version poly_type r revision target_modules task_type
     """,
     "inlay.train.settings:TrainConfig": """
         adam_beta1 adam_beta2 adam_epsilon early_stopping_patience early_stopping_threshold

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from inlay.core.base import Base, Kind, Layer, bare_copy
 from inlay.core.config import AdapterConfig
+from inlay.core.selection import Selection
 
 
 class Shared(nn.Module):
@@ -53,9 +54,13 @@ class Adapter(nn.Module, ABC):
     """Whether a file of this method holds the whole embedding below it too, as PEFT's mostly do."""
     starts_neutral: ClassVar[bool] = True
     """Whether an adapter of default settings changes nothing until it is trained."""
+    frozen: tuple[str, ...] = ()
+    """Names of parameters that never train."""
     placed: ClassVar[int] = 0
     """How many parameters were ever put into adapters: when it moves, lists of them may be old."""
     _held: tuple[Shared, ...] = ()
+    selection: Selection | None = None
+    """That of the model, where the adapter is set into one: what a call says stands there."""
 
     def __init__(
         self,
@@ -101,6 +106,13 @@ class Adapter(nn.Module, ABC):
     def parameter(self, *shape: int) -> nn.Parameter:
         """Return an uninitialized parameter in the adapter's dtype and on its device."""
         return nn.Parameter(torch.empty(shape, device=self._device, dtype=self._dtype))
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Let the parameters train or not, as any module does; those that are `frozen` never."""
+        super().requires_grad_(requires_grad)
+        for name in self.frozen:
+            self.get_parameter(name).requires_grad = False
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set as any module does; counted where it is a parameter."""

@@ -39,12 +39,14 @@ class PeftType(enum.StrEnum):
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
     PVERA = "PVERA"
     HRA = "HRA"
+    OFT = "OFT"
     C3A = "C3A"
     LOHA = "LOHA"
     LOKR = "LOKR"
     FULL = "FULL"
     PROMPT_TUNING = "PROMPT_TUNING"
     ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    POLY = "POLY"
     BOTTLENECK = "BOTTLENECK"
 
 
@@ -140,7 +142,7 @@ def default(field: dataclasses.Field[Any]) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Return `value` in JSON's types: enums as strings, tuples as lists, sets as sorted lists."""
+    """Return `value` in JSON's types: enums as strings, blocks as mappings, sets as sorted lists."""
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, set | frozenset):
@@ -149,4 +151,6 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
     return value

@@ -143,7 +143,7 @@ class Inlaid(Host):
             return self._added(x, {n: (groups[n], delta) for n, delta in deltas.items()})
         out: Tensor | None = None
         for name, index in groups.items():
-            with self.selection.alone(name):  # a block may hold hosts of its own
+            with self.selection.alone(name, x, index):  # a block may hold hosts of its own
                 part = self.stack((name,))(x.index_select(0, index))
             if not isinstance(part, Tensor):
                 raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,6 +14,8 @@ from inlay.core.errors import UserError
 
 BASE = "__base__"
 """The name that routes a row to the base alone."""
+TASKS = "task_ids"
+"""What a call says of each row's task: its number [B]."""
 
 
 class Selection:
@@ -24,12 +26,13 @@ class Selection:
     merged: the names whose weights are in the base; while there are any, no other can be chosen.
     """
 
-    __slots__ = ("_active", "_groups", "_rows", "merged")
+    __slots__ = ("_active", "_groups", "_rows", "_said", "merged")
 
     def __init__(self, active: tuple[str, ...] = ()) -> None:
         """Select `active` for every row."""
         self._active = active
         self._rows: tuple[str, ...] | None = None
+        self._said: Mapping[str, Tensor] = {}
         self._groups: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self.merged: tuple[str, ...] = ()
 
@@ -62,24 +65,55 @@ class Selection:
         self._rows = None if names is None else tuple(names)
         self._groups = {}
 
+    def said(self, name: str, x: Tensor) -> Tensor | None:
+        """Return what the call says by `name` of each row of `x`, or None where it says nothing.
+
+        As with `groups`, a batch may be a multiple of the rows that it was said of.
+        """
+        value = self._said.get(name)
+        if value is None:
+            return None
+        times, rest = divmod(len(x), len(value))
+        if rest or not times:
+            raise UserError(f"{name} has {len(value)} rows, but the batch has {len(x)}")
+        value = value.to(x.device)
+        return value if times == 1 else value.repeat_interleave(times, 0)
+
     @contextlib.contextmanager
     def using(
-        self, *, active: tuple[str, ...] | None = None, rows: Sequence[str] | None = None
+        self,
+        *,
+        active: tuple[str, ...] | None = None,
+        rows: Sequence[str] | None = None,
+        said: Mapping[str, Tensor] | None = None,
     ) -> Iterator[None]:
-        """Select for a `with` block; what was selected before comes back, also after an error."""
-        before = self._active, self._rows, self._groups
+        """Select for a `with` block; what was selected before comes back, also after an error.
+
+        said: what a call says to the adapters beside its input, name -> a tensor of all rows.
+        """
+        before = self._active, self._rows, self._groups, self._said
         try:
             if active is not None:
                 self.active = active
             if rows is not None:
                 self.rows = rows
+            if said is not None:
+                self._said = said
             yield
         finally:
-            self._active, self._rows, self._groups = before
+            self._active, self._rows, self._groups, self._said = before
 
-    def alone(self, name: str) -> AbstractContextManager[None]:
-        """Return the context in which every row takes the one adapter, or `__base__`."""
-        return _As(self, () if name == BASE else (name,), None)
+    def alone(
+        self, name: str, x: Tensor | None = None, index: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """Return the context in which every row takes the one adapter, or `__base__`.
+
+        x, index: the batch, and which of its rows are computed.
+        """
+        said = self._said
+        if said and x is not None and index is not None:
+            said = {key: self.said(key, x).index_select(0, index) for key in said}  # type: ignore[union-attr]
+        return _As(self, () if name == BASE else (name,), None, said)
 
     def groups(self, batch: int, device: torch.device) -> dict[str, Tensor]:
         """Return for each adapter in `rows` the indices of its rows in a batch of `batch` rows.
@@ -111,23 +145,27 @@ class Selection:
         A layer recomputed in the backward pass must see the adapters it saw in the forward pass;
         without this, a switch in between gives wrong gradients with no message.
         """
-        return contextlib.nullcontext(), _As(self, self._active, self._rows)
+        return contextlib.nullcontext(), _As(self, self._active, self._rows, self._said)
 
 
 class _As:
     """A selection for a while; may be entered any number of times, as two backward passes do."""
 
     def __init__(
-        self, selection: Selection, active: tuple[str, ...], rows: tuple[str, ...] | None
+        self,
+        selection: Selection,
+        active: tuple[str, ...],
+        rows: tuple[str, ...] | None,
+        said: Mapping[str, Tensor],
     ) -> None:
-        self._selection, self._then = selection, (active, rows)
+        self._selection, self._then = selection, (active, rows, said)
         self._before: list[Any] = []
 
     def __enter__(self) -> None:
         chosen = self._selection
-        self._before.append((chosen._active, chosen._rows, chosen._groups))
-        (chosen._active, chosen._rows), chosen._groups = self._then, {}
+        self._before.append((chosen._active, chosen._rows, chosen._said, chosen._groups))
+        (chosen._active, chosen._rows, chosen._said), chosen._groups = self._then, {}
 
     def __exit__(self, *error: object) -> None:
         chosen = self._selection
-        chosen._active, chosen._rows, chosen._groups = self._before.pop()
+        chosen._active, chosen._rows, chosen._said, chosen._groups = self._before.pop()

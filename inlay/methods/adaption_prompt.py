@@ -100,7 +100,7 @@ class AdaptionPrompt(Wrap):
 
     def make(self, base: Base) -> None:
         """Make P [1, L, D] and the gate [1]; UserError where this is no attention known here."""
-        config = getattr(base.module, "config", None)
+        config: Any = getattr(base.module, "config", None)
         if getattr(config, "model_type", "") not in ATTENTION or not hasattr(
             base.module, "scaling"
         ):

@@ -103,6 +103,7 @@ class Roster:
             self._freeze_base()
             self.selection.active = (name,)
         for path, adapter in made.items():
+            adapter.selection = self.selection
             self._host(places, path).adapters[name] = adapter
         self.configs[name] = resolved
         if trainable:

@@ -21,6 +21,7 @@ from inlay.checkpoint.fingerprint import fingerprint
 from inlay.core.config import AdapterConfig
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
+from inlay.core.selection import TASKS
 from inlay.core.targeted import TargetedConfig
 from inlay.model.combine import Way, combine
 from inlay.model.convert import Approximation, convert
@@ -68,17 +69,30 @@ class PeftModel(nn.Module):
             super().__setattr__(name, value)
 
     def generate(
-        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        task_ids: Any = None,
+        **kwargs: Any,
     ) -> Any:
         """Return what the model generates, with the active adapters, or each row with its own."""
-        with self.routed(adapter_names):
+        with self.routed(adapter_names, task_ids):
             return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
 
-    def routed(self, names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
-        """Return the context in which each row of a batch has the adapter named for it."""
-        if names is None:
+    def routed(
+        self, names: Sequence[str] | None, tasks: Any = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which each row of a batch has the adapter named for it.
+
+        tasks: the number of each row's task [B], for methods that tell tasks apart; others do
+        without.
+        """
+        if names is None and tasks is None:
             return contextlib.nullcontext()
-        return self.roster.selection.using(rows=self.roster.row_names(names))
+        return self.roster.selection.using(
+            rows=None if names is None else self.roster.row_names(names),
+            said=None if tasks is None else {TASKS: torch.as_tensor(tasks)},
+        )
 
     def __getattr__(self, name: str) -> Any:
         """Return the base's attribute: `config`, `device`, `get_input_embeddings` and the rest."""

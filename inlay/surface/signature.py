@@ -20,9 +20,11 @@ SPANS = ("start_positions", "end_positions")
 def forward_of(*inputs: str) -> Callable[..., Any]:
     """Return a `forward` for a subclass of `PeftModel`, whose signature names `inputs`."""
 
-    def forward(self: Any, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, *args: Any, adapter_names: Any = None, task_ids: Any = None, **kwargs: Any
+    ) -> Any:
         """Return what the model returns, with the active adapters, or each row with its own."""
-        with self.routed(adapter_names):
+        with self.routed(adapter_names, task_ids):
             return self.base_model.penalized(self.base_model(*args, **kwargs))
 
     kinds = inspect.Parameter
@@ -32,6 +34,7 @@ def forward_of(*inputs: str) -> Callable[..., Any]:
             kinds("self", kinds.POSITIONAL_OR_KEYWORD),
             *named,
             kinds("adapter_names", kinds.KEYWORD_ONLY, default=None),
+            kinds("task_ids", kinds.KEYWORD_ONLY, default=None),
             kinds("kwargs", kinds.VAR_KEYWORD),
         ]
     )

@@ -34,7 +34,7 @@ def test_what_no_weight_can_say_computes_alone_stacks_and_is_refused_by_merge(
     name, setting, sample
 ):
     module, x = sampled(sample)
-    model = nn.Sequential(nn.Identity(), module)
+    model = nn.Sequential(nn.Identity(), module).eval()  # in training some draw at random
     before = {n: p.clone() for n, p in model.named_parameters()}
     roster = Roster(model)
     for adapter in ("a", "b"):

@@ -71,16 +71,16 @@ def build(make: Callable[[], Any]) -> Any:
 
 
 @torch.no_grad()
-def output(model: Any) -> torch.Tensor:
-    """Return the logits of two rows."""
+def output(model: Any, **said: Any) -> torch.Tensor:
+    """Return the logits of two rows; `said` is what the call says besides."""
     kind = model.config.model_type
     ids = torch.arange(3, 23).reshape(2, 10)
     if kind == "vit":
         pixels = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
-        return model(pixel_values=pixels).logits
+        return model(pixel_values=pixels, **said).logits
     if kind == "t5":
-        return model(input_ids=ids, decoder_input_ids=ids.flip(1)).logits
-    return model(input_ids=ids).logits
+        return model(input_ids=ids, decoder_input_ids=ids.flip(1), **said).logits
+    return model(input_ids=ids, **said).logits
 
 
 def randomize(model: Any, scale: float = 0.1) -> None:

@@ -1,6 +1,7 @@
 """Every method beside PEFT's of the same name: files both ways, counts, keys, merged weights.
 
-What is tried of a method stands in `settings/`, one file a method: PEFT = case -> (base, settings).
+What is tried of a method stands in `settings/`, one file a method: PEFT = case -> (base, settings);
+its own `output(model)` where the method's models are to be called in another way than plain ones.
 PEFT_DOES_NOT_MERGE lists the settings that PEFT itself cannot merge, or merges wrongly, with why.
 """
 
@@ -30,6 +31,9 @@ CASES = [
     for name, module in settings_of_methods().items()
     for case, (make, settings) in module.PEFT.items()
 ]
+OUTPUTS = {
+    name: getattr(module, "output", output) for name, module in settings_of_methods().items()
+}
 UNMERGED = {
     name: getattr(module, "PEFT_DOES_NOT_MERGE", ())
     for name, module in settings_of_methods().items()
@@ -54,20 +58,20 @@ def test_a_file_of_peft_computes_the_same_here_and_goes_back_bit_for_bit(
     name: str, make: Any, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     model = theirs(name, make, settings)
-    expected = output(model)
+    expected = OUTPUTS[name](model)
     plain = output(build(make))
     shown = expected[:, -plain.shape[1] :]  # virtual tokens have logits too, before the others'
     assert not torch.allclose(shown, plain, atol=1e-4), "nothing is compared"
     model.save_pretrained(tmp_path / "theirs")
     ours = inlay.PeftModel.from_pretrained(build(make), tmp_path / "theirs")
-    torch.testing.assert_close(output(ours), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(OUTPUTS[name](ours), expected, rtol=0, atol=1e-5)
 
     ours.save_pretrained(tmp_path / "ours")
     before, after = load_file(tmp_path / "theirs" / FILE), load_file(tmp_path / "ours" / FILE)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
     back = peft.PeftModel.from_pretrained(build(make), tmp_path / "ours").eval()
-    torch.testing.assert_close(output(back), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(OUTPUTS[name](back), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "make", "settings"), CASES)
@@ -81,7 +85,7 @@ def test_a_fresh_adapter_changes_nothing_and_has_pefts_parameters_and_keys(
     neutral = getattr(method(name).of(config), "starts_neutral", True)
     if neutral and not method(name).config.rooted:  # type: ignore[attr-defined]
         # virtual tokens start at random, so that a fresh model is not the base
-        torch.testing.assert_close(output(ours), output(build(make)), rtol=0, atol=1e-6)
+        torch.testing.assert_close(OUTPUTS[name](ours), output(build(make)), rtol=0, atol=1e-6)
     assert ours.get_nb_trainable_parameters()[0] == model.get_nb_trainable_parameters()[0]
     shapes = []
     for who, side in {"theirs": model, "ours": ours}.items():
@@ -97,7 +101,7 @@ def test_merged_weights_are_those_of_peft(
     model = theirs(name, make, settings)
     model.save_pretrained(tmp_path)
     ours = inlay.PeftModel.from_pretrained(build(make), tmp_path)
-    expected = output(ours)
+    expected = OUTPUTS[name](ours)
     if issubclass(method(name).adapter or Wrap, Wrap):
         with pytest.raises(inlay.UserError, match="which no weight can say"):
             ours.merge_and_unload()
