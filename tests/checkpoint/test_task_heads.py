@@ -80,7 +80,7 @@ def test_a_head_goes_both_ways_with_its_adapter(case: str, method: str, tmp_path
     fresh = inlay.get_peft_model(build(make), getattr(inlay, method)(**settings))
     assert type(fresh).__name__ == type(theirs).__name__
     assert fresh.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
-    randomize(theirs, 0.5)
+    randomize(theirs, 0.5 if method == "IA3Config" else 0.2)
     theirs.eval().save_pretrained(tmp_path / "theirs")
     expected = outputs(theirs)
     assert not all(
