@@ -20,6 +20,7 @@ from inlay.core.errors import UserError
 from inlay.core.limits import Dropout, Rank, Scale, Seed
 from inlay.core.numbers import check_whole
 from inlay.core.targeted import TargetedConfig
+from inlay.methods._cayley import cayley, powers, skew, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,10 +113,11 @@ class Psoft(Delta):
         config, turn = self.config, self.weight.to(dtype)
         one = torch.eye(config.r, dtype=dtype, device=turn.device)
         if config.psoft_orth:
-            rows, columns = torch.triu_indices(config.r, config.r, 1, device=turn.device)
-            q = torch.zeros_like(one).index_put((rows, columns), turn)
-            q = q - q.T
-            turn = _powers(q, config) if config.use_cayley_neumann else _cayley(q)
+            q = skew(self.weight, config.r)
+            if config.use_cayley_neumann and config.cayley_neumann_eps is not None:
+                q = within(q, config.cayley_neumann_eps)
+            terms = config.num_cayley_neumann_terms
+            turn = (powers(q, terms) if config.use_cayley_neumann else cayley(q)).to(dtype)
         if self.vector_b is not None:
             turn = self.vector_b.to(dtype)[:, None] * turn
         if self.vector_a is not None:
@@ -152,30 +154,6 @@ def _principal(weight: Tensor, config: PsoftConfig) -> tuple[Tensor, Tensor]:
         roots = values.sqrt()
         return roots[:, None] * right, left * roots
     return right.contiguous(), left * values
-
-
-def _cayley(q: Tensor) -> Tensor:
-    """Return (1 + Q) (1 - Q)^-1, orthogonal for a skew Q."""
-    one = torch.eye(len(q), dtype=q.dtype, device=q.device)
-    turn: Tensor = torch.linalg.solve(one - q, one + q, left=False)
-    return turn
-
-
-def _powers(q: Tensor, config: PsoftConfig) -> Tensor:
-    """Return 1 + 2 Q + 2 Q^2 ... + Q^n, which nears (1 + Q) (1 - Q)^-1 where Q is small."""
-    if config.cayley_neumann_eps is not None:
-        norm = torch.linalg.norm(q)
-        q = q * (config.cayley_neumann_eps / norm.clamp(min=config.cayley_neumann_eps))
-    power = one = torch.eye(len(q), dtype=q.dtype, device=q.device)
-    terms = config.num_cayley_neumann_terms
-    out = one
-    if terms == 2:
-        return out + 2 * q
-    last = max(terms, 4) - 1 if terms > 2 else 0
-    for n in range(1, last + 1):
-        power = power @ q
-        out = out + (1 if n == last else 2) * power
-    return out
 
 
 METHOD = Method(PsoftConfig, Psoft)
