@@ -34,3 +34,17 @@ def check_one_of(name: str, value: Any, choices: Collection[Any]) -> None:
     """Raise UserError unless `value` is one of `choices`; True and 1 are not the same."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise UserError(f"{name}={value!r} is not one of {', '.join(map(str, choices))}")
+
+
+def check_divides(name: str, value: int, *sides: int, step: int = 1) -> None:
+    """Raise UserError unless `value` divides each of a layer's `sides`; it names one that does.
+
+    step: what the named one is a multiple of, where there is such a one.
+    """
+    common = math.gcd(*sides)
+    if common % value == 0:
+        return
+    divisors = [n for n in range(1, min(value, common) + 1) if common % n == 0]
+    near = max([n for n in divisors if n % step == 0] or divisors)
+    of = " and ".join(map(str, dict.fromkeys(sides)))
+    raise UserError(f"{name}={value} does not divide the {of} of a layer; try {near}")

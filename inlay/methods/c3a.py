@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from inlay.core.adapter import Delta, Method
 from inlay.core.base import Base
 from inlay.core.config import PeftType
-from inlay.core.errors import UserError
 from inlay.core.limits import Rank
+from inlay.core.numbers import check_divides
 from inlay.core.targeted import TargetedConfig
 
 
@@ -53,12 +53,7 @@ class C3a(Delta):
     def make(self, base: Base) -> None:
         """Make c; UserError where the layer cannot be cut into blocks."""
         b, (outputs, inputs) = self.config.block_size, base.shape
-        if outputs % b or inputs % b:
-            raise UserError(
-                f"block_size={b} does not divide a layer [{outputs}, {inputs}]; "
-                f"try {math.gcd(outputs, inputs)} or a divisor of it, "
-                "or give the layer its own in block_size_pattern"
-            )
+        check_divides("block_size (or its block_size_pattern)", b, outputs, inputs)
         self._shape = base.shape
         self.c3a_kernel = self.parameter(outputs // b, inputs // b, b)
 

@@ -22,6 +22,7 @@ from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
 from inlay.core.limits import Count, Dropout, Rank, Scale
+from inlay.core.numbers import check_divides
 from inlay.core.targeted import TargetedConfig
 
 
@@ -69,11 +70,7 @@ class Gralora(Delta):
         """Make A, B and the whole weight's two; UserError where the layer cannot be cut."""
         config = self.config
         k, r, (outputs, inputs) = config.gralora_k, config.r, base.shape
-        if outputs % k or inputs % k:
-            raise UserError(
-                f"gralora_k={k} does not divide a layer [{outputs}, {inputs}]; "
-                f"try {math.gcd(k, outputs, inputs)}"
-            )
+        check_divides("gralora_k", k, outputs, inputs)
         self.gralora_A = self.parameter(k, inputs // k, r)
         self.gralora_B = self.parameter(k, r, outputs // k)
         self.whole_A = self.parameter(config.hybrid_r, inputs) if config.hybrid_r else None

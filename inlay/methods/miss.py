@@ -20,6 +20,7 @@ from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
 from inlay.core.limits import Dropout, Rank
+from inlay.core.numbers import check_divides
 from inlay.core.targeted import TargetedConfig
 
 
@@ -55,16 +56,10 @@ class Miss(Delta):
         if r > inputs:
             raise UserError(f"r={r} is more than a layer of {inputs} inputs can share: lower it")
         self._bat, mini = config.init_weights == "bat", config.init_weights == "mini"
-        if self._bat and (inputs % r or outputs % r):
-            raise UserError(
-                f"r={r} does not divide a layer [{outputs}, {inputs}] into blocks; "
-                f"try {math.gcd(r, outputs, inputs)}"
-            )
-        if mini and outputs % config.mini_r:
-            raise UserError(
-                f"mini_r={config.mini_r} does not divide a layer's {outputs} outputs; "
-                f"try {math.gcd(config.mini_r, outputs)}"
-            )
+        if self._bat:
+            check_divides("r", r, outputs, inputs)
+        if mini:
+            check_divides("mini_r", config.mini_r, outputs)
         self._shape = base.shape
         shape = (outputs // r, r, r) if self._bat else (r, config.mini_r if mini else outputs)
         self.miss_block = self.parameter(*shape)

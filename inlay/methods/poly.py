@@ -8,7 +8,6 @@ a [S, K] of a task is sigmoid(logits) over its sum, and in training a relaxed Be
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +19,7 @@ from inlay.core.base import Base, Kind
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
 from inlay.core.limits import Rank
+from inlay.core.numbers import check_divides
 from inlay.core.selection import TASKS
 from inlay.core.targeted import BY_LAYER, TargetedConfig
 
@@ -58,11 +58,7 @@ class Poly(Wrap):
         """Make A, B and the logits; UserError where a layer cannot be cut."""
         config = self.config
         (outputs, inputs), parts = base.shape, config.n_splits
-        if outputs % parts or inputs % parts:
-            raise UserError(
-                f"n_splits={parts} does not divide a layer of {inputs} inputs and {outputs} "
-                f"outputs: {math.gcd(inputs, outputs)} does"
-            )
+        check_divides("n_splits", parts, outputs, inputs)
         self.poly_lora_A = self.parameter(parts, config.n_skills, inputs // parts, config.r)
         self.poly_lora_B = self.parameter(parts, config.n_skills, config.r, outputs // parts)
         self.module_logits = self.parameter(config.n_tasks, parts * config.n_skills)

@@ -22,7 +22,7 @@ from inlay.core.adapter import Method, Reweight
 from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
-from inlay.core.numbers import check_whole
+from inlay.core.numbers import check_divides, check_whole
 from inlay.core.targeted import BY_LAYER, TargetedConfig
 
 PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}
@@ -62,11 +62,7 @@ class Road(Reweight):
         """Make the angles and scales; UserError where the outputs do not divide into groups."""
         config = self.config
         outputs = base.shape[0]
-        if outputs % config.group_size:
-            raise UserError(
-                f"group_size={config.group_size} does not divide a layer's {outputs} outputs; "
-                f"try {_divisor(outputs, config.group_size)}"
-            )
+        check_divides("group_size", config.group_size, outputs, step=2)
         size = PER_PAIR[config.variant] * outputs // 2
         self.road_theta, self.road_alpha = self.parameter(size), self.parameter(size)
 
@@ -106,11 +102,6 @@ class Road(Reweight):
         below = base(x, *args, **kwargs)
         wide = torch.promote_types(below.dtype, self.road_theta.dtype)
         return self._turned(below.to(wide)).to(below.dtype)
-
-
-def _divisor(outputs: int, most: int) -> int:
-    """Return the largest even divisor of `outputs` up to `most` (2 where there is none)."""
-    return next((n for n in range(most - most % 2, 2, -2) if outputs % n == 0), 2)
 
 
 METHOD = Method(RoadConfig, Road)

@@ -11,6 +11,7 @@ import pytest
 from inlay.core import limits
 from inlay.core.errors import UserError
 from inlay.core.limits import Count, Dropout, Rank, Scale, Seed
+from inlay.core.numbers import check_divides
 from inlay.methods import method, names
 
 
@@ -83,3 +84,13 @@ def test_every_switch_of_every_method_refuses_what_is_neither_true_nor_false(nam
     for switch in switches:
         with pytest.raises(UserError, match=rf"{switch}='yes' is not"):
             config(**{switch: "yes"})
+
+
+def test_what_divides_no_side_is_told_with_one_that_does():
+    check_divides("r", 4, 8, 12)
+    with pytest.raises(UserError, match="r=8 does not divide the 8 and 12 of a layer; try 4"):
+        check_divides("r", 8, 8, 12)
+    with pytest.raises(UserError, match="g=64 does not divide the 54 of a layer; try 54"):
+        check_divides("g", 64, 54, step=2)
+    with pytest.raises(UserError, match="g=50 does not divide the 81 of a layer; try 27"):
+        check_divides("g", 50, 81, step=2)

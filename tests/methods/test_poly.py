@@ -98,5 +98,5 @@ def test_tasks_that_are_none_are_refused(tasks: Any, reason: str) -> None:
 
 
 def test_parts_that_do_not_divide_a_layer_are_refused() -> None:
-    with pytest.raises(UserError, match="n_splits=3 does not divide a layer of 32 inputs and 32"):
+    with pytest.raises(UserError, match="n_splits=3 does not divide the 32 of a layer"):
         adapted(n_splits=3)
