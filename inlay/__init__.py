@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inlay.core.config import PeftType, TaskType
     from inlay.core.errors import UserError
+    from inlay.methods._starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
     from inlay.methods.adalora import AdaLoraConfig
     from inlay.methods.adaption_prompt import AdaptionPromptConfig
     from inlay.methods.beft import BeftConfig
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from inlay.methods.lokr import LoKrConfig
     from inlay.methods.lora import LoraConfig
     from inlay.methods.miss import MissConfig
+    from inlay.methods.boft import BOFTConfig
     from inlay.methods.oft import OFTConfig
     from inlay.methods.osf import OSFConfig
     from inlay.methods.peanut import PeanutConfig
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from inlay.methods.shira import ShiraConfig
     from inlay.methods.supertuning import SupertuningConfig
     from inlay.methods.trainable_tokens import TrainableTokensConfig
+    from inlay.methods.unilora import UniLoraConfig
     from inlay.methods.vera import VeraConfig
     from inlay.model.load import load_base
     from inlay.run import Run, train
@@ -77,6 +80,13 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
         get_peft_model,
     )
+    from inlay.surface.starts import (
+        get_eva_state_dict,
+        initialize_lora_eva_weights,
+        preprocess_corda,
+        preprocess_loraga,
+        replace_lora_weights_loftq,
+    )
     from inlay.train.makers import create_lorafa_optimizer, create_loraplus_optimizer
 
 __version__ = "0.1.0"
@@ -95,8 +105,10 @@ __all__ = [
     "BitfitConfig",
     "BottleneckConfig",
     "C3AConfig",
+    "CordaConfig",
     "DeftConfig",
     "DeloraConfig",
+    "EvaConfig",
     "GloraConfig",
     "GraloraConfig",
     "HRAConfig",
@@ -105,9 +117,12 @@ __all__ = [
     "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "MissConfig",
     "OFTConfig",
+    "BOFTConfig",
     "OSFConfig",
     "PeanutConfig",
     "PeftConfig",
@@ -130,6 +145,7 @@ __all__ = [
     "SupertuningConfig",
     "TaskType",
     "TrainableTokensConfig",
+    "UniLoraConfig",
     "UserError",
     "VeraConfig",
     "__version__",
@@ -137,19 +153,37 @@ __all__ = [
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "extract_lora",
+    "get_eva_state_dict",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_base",
     "prepare_model_for_compiled_hotswap",
+    "preprocess_corda",
+    "preprocess_loraga",
+    "replace_lora_weights_loftq",
     "save_as_lora",
     "set_peft_model_state_dict",
     "train",
 ]
 
 _MODULES = {
+    "inlay.methods._starts": [
+        "CordaConfig",
+        "EvaConfig",
+        "LoftQConfig",
+        "LoraGAConfig",
+    ],
+    "inlay.surface.starts": [
+        "get_eva_state_dict",
+        "initialize_lora_eva_weights",
+        "preprocess_corda",
+        "preprocess_loraga",
+        "replace_lora_weights_loftq",
+    ],
     "inlay.train.makers": [
         "create_lorafa_optimizer",
         "create_loraplus_optimizer",
@@ -169,6 +203,7 @@ _MODULES = {
     "inlay.methods.hira": ["HiraConfig"],
     "inlay.methods.hra": ["HRAConfig"],
     "inlay.methods.oft": ["OFTConfig"],
+    "inlay.methods.boft": ["BOFTConfig"],
     "inlay.methods.ia3": ["IA3Config"],
     "inlay.methods.ln_tuning": ["LNTuningConfig"],
     "inlay.methods.loha": ["LoHaConfig"],
@@ -185,6 +220,7 @@ _MODULES = {
     "inlay.methods.supertuning": ["SupertuningConfig"],
     "inlay.methods.pvera": ["PveraConfig"],
     "inlay.methods.randlora": ["RandLoraConfig"],
+    "inlay.methods.unilora": ["UniLoraConfig"],
     "inlay.methods.vera": ["VeraConfig"],
     "inlay.methods.trainable_tokens": ["TrainableTokensConfig"],
     "inlay.model.load": ["load_base"],

@@ -23,11 +23,21 @@ FIELDS = {
         revision scaling style target_modules task_type
     """,
     "inlay.methods.lora:LoraConfig": """
-        alpha_pattern auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out
-        inference_mode init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout
-        modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision
-        target_modules task_type use_dora use_rslora
+        alpha_pattern auto_mapping base_model_name_or_path bias corda_config eva_config
+        exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern
+        layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config modules_to_save
+        peft_type peft_version qalora_group_size r rank_pattern revision target_modules task_type
+        use_dora use_rslora
     """,
+    "inlay.methods._starts:EvaConfig": """
+        adjust_scaling_factors label_mask_value rho tau use_label_mask whiten
+    """,
+    "inlay.methods._starts:CordaConfig": """
+        cache_file corda_method covariance_file prune_temporary_fields use_float16_for_covariance
+        verbose
+    """,
+    "inlay.methods._starts:LoraGAConfig": "direction scale stable_gamma",
+    "inlay.methods._starts:LoftQConfig": "loftq_bits loftq_iter",
     "inlay.methods.miss:MissConfig": """
         auto_mapping base_model_name_or_path bias exclude_modules inference_mode init_weights
         layers_pattern layers_to_transform mini_r miss_dropout modules_to_save peft_type
@@ -118,6 +128,12 @@ FIELDS = {
         layers_to_transform modules_to_save para peft_type peft_version r revision target_modules
         task_type
     """,
+    "inlay.methods.unilora:UniLoraConfig": """
+        auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode
+        init_theta_d_bound init_weights layers_pattern layers_to_transform modules_to_save peft_type
+        peft_version proj_seed r revision save_indices target_modules task_type theta_d_length
+        unilora_dropout
+    """,
     "inlay.methods.vera:VeraConfig": """
         auto_mapping base_model_name_or_path bias d_initial exclude_modules fan_in_fan_out
         inference_mode init_weights layers_pattern layers_to_transform modules_to_save
@@ -156,6 +172,12 @@ FIELDS = {
         fan_in_fan_out inference_mode init_weights layers_pattern layers_to_transform
         module_dropout modules_to_save num_cayley_neumann_terms oft_block_size peft_type
         peft_version r revision target_modules task_type use_cayley_neumann
+    """,
+    "inlay.methods.boft:BOFTConfig": """
+        auto_mapping base_model_name_or_path bias boft_block_num boft_block_size boft_dropout
+        boft_n_butterfly_factor exclude_modules fan_in_fan_out inference_mode init_weights
+        layers_pattern layers_to_transform modules_to_save peft_type peft_version revision
+        target_modules task_type
     """,
     "inlay.methods.c3a:C3AConfig": """
         auto_mapping base_model_name_or_path bias block_size block_size_pattern exclude_modules

@@ -11,6 +11,15 @@ import pytest
 import inlay
 
 PUBLIC = {
+    "LoraGAConfig",
+    "LoftQConfig",
+    "EvaConfig",
+    "CordaConfig",
+    "replace_lora_weights_loftq",
+    "preprocess_loraga",
+    "preprocess_corda",
+    "initialize_lora_eva_weights",
+    "get_eva_state_dict",
     "LoHaConfig",
     "LoKrConfig",
     "create_loraplus_optimizer",
@@ -34,6 +43,7 @@ PUBLIC = {
     "GraloraConfig",
     "HRAConfig",
     "OFTConfig",
+    "BOFTConfig",
     "HiraConfig",
     "IA3Config",
     "LNTuningConfig",
@@ -60,6 +70,7 @@ PUBLIC = {
     "PveraConfig",
     "RandLoraConfig",
     "VeraConfig",
+    "UniLoraConfig",
     "TaskType",
     "TrainableTokensConfig",
     "UserError",

@@ -17,8 +17,9 @@ from inlay.checkpoint.names import PREFIX, ROOT, carried, compare, complete, emb
 from inlay.core.config import AdapterConfig
 from inlay.core.errors import UserError
 from inlay.core.targeted import TargetedConfig
-from inlay.model.convert import as_plain, is_drawn
+from inlay.model.convert import as_plain
 from inlay.model.roster import Roster
+from inlay.model.starts import is_attached, is_drawn
 
 FORMAT = "inlay-adapter-1"
 PEFT_VERSION = "0.21.2"
@@ -116,12 +117,12 @@ def load_adapter(
     settings = config or files.read_config(folder)
     if not isinstance(settings, TargetedConfig):
         raise UserError(f"{folder}: {settings.peft_type} holds nothing that could be loaded")
-    if is_drawn(settings):
+    if is_drawn(settings) and not is_attached(roster.model, settings):
         raise UserError(
             f"{folder} has init_lora_weights={getattr(settings, 'init_lora_weights', None)!r}: it "
-            "was trained on what a random search left of the base, which is not in the file. Where "
-            "it was trained, save it with path_initial_model_for_weight_conversion (PEFT), or "
-            "here with as_plain_lora"
+            "was trained on what a random search, or data, left of the base, which is not in the "
+            "file. Where it was trained, save it with path_initial_model_for_weight_conversion "
+            "(PEFT), or here with as_plain_lora"
         )
     path = files.tensor_file(folder)
     shapes = files.read_shapes(path)
@@ -194,6 +195,7 @@ def set_tensors(roster: Roster, name: str, tensors: Mapping[str, Tensor]) -> Non
     with torch.no_grad():
         for key, slot in wanted.items():
             slot.put(full[key])
+        complete(roster, name)
         for weight, tensor in changed:
             weight.data.copy_(tensor)
 

@@ -83,10 +83,11 @@ def slots(roster: Roster, name: str) -> dict[str, Slot]:
 
 def complete(roster: Roster, name: str) -> None:
     """Make what the file of adapter `name` does not hold, now that its tensors are in place."""
-    for _, _, adapter in roster.adapters(name):
+    for _, host, adapter in roster.adapters(name):
         shared = adapter._modules.get(Shared.lent_as)
         if isinstance(shared, Shared):
             shared.complete()
+        adapter.complete(host.base)
 
 
 def carried(roster: Roster, name: str) -> dict[str, nn.Parameter]:

@@ -34,6 +34,8 @@ class Shared(nn.Module):
     """
 
     owned = False
+    taken = 0
+    """How many adapters have taken it so far."""
     lent_as: ClassVar[str] = "common"
     """Its name in the adapter that owns it."""
 
@@ -59,6 +61,8 @@ class Adapter(nn.Module, ABC):
     placed: ClassVar[int] = 0
     """How many parameters were ever put into adapters: when it moves, lists of them may be old."""
     _held: tuple[Shared, ...] = ()
+    number: int = 0
+    """Which of the sites that hold something in common this one is, in the model's order."""
     selection: Selection | None = None
     """That of the model, where the adapter is set into one: what a call says stands there."""
 
@@ -82,6 +86,8 @@ class Adapter(nn.Module, ABC):
             shared = self.share(config, [base], device=device)
         if shared is not None:
             self.hold(shared)
+        if self._device.type != "meta":
+            self.complete(base)
 
     def make(self, base: Base) -> None:
         """Make the parameters for `base`; UserError where the settings do not fit the layer."""
@@ -99,9 +105,14 @@ class Adapter(nn.Module, ABC):
         """Take `shared` to compute with; the first adapter that takes it owns it."""
         # in a tuple, which registers nothing: a module of every site would be saved by each
         self._held = (shared,)
+        self.number, shared.taken = shared.taken, shared.taken + 1
         if not shared.owned:
             shared.owned = True
             self.add_module(Shared.lent_as, shared)
+
+    def complete(self, base: Base) -> None:
+        """Make what no file holds: when the adapter is made, or once a file's tensors are in it."""
+        del base
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """Return an uninitialized parameter in the adapter's dtype and on its device."""

@@ -40,6 +40,7 @@ class PeftType(enum.StrEnum):
     PVERA = "PVERA"
     HRA = "HRA"
     OFT = "OFT"
+    BOFT = "BOFT"
     C3A = "C3A"
     LOHA = "LOHA"
     LOKR = "LOKR"
@@ -47,6 +48,7 @@ class PeftType(enum.StrEnum):
     PROMPT_TUNING = "PROMPT_TUNING"
     ADAPTION_PROMPT = "ADAPTION_PROMPT"
     POLY = "POLY"
+    UNILORA = "UNILORA"
     BOTTLENECK = "BOTTLENECK"
 
 
