@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from inlay.methods.adaption_prompt import AdaptionPromptConfig
     from inlay.methods.beft import BeftConfig
     from inlay.methods.bitfit import BitfitConfig
+    from inlay.methods.boft import BOFTConfig
     from inlay.methods.bottleneck import BottleneckConfig
     from inlay.methods.c3a import C3AConfig
     from inlay.methods.deft import DeftConfig
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from inlay.methods.lokr import LoKrConfig
     from inlay.methods.lora import LoraConfig
     from inlay.methods.miss import MissConfig
-    from inlay.methods.boft import BOFTConfig
     from inlay.methods.oft import OFTConfig
     from inlay.methods.osf import OSFConfig
     from inlay.methods.peanut import PeanutConfig
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from inlay.methods.road import RoadConfig
     from inlay.methods.shira import ShiraConfig
     from inlay.methods.supertuning import SupertuningConfig
+    from inlay.methods.tinylora import TinyLoraConfig
     from inlay.methods.trainable_tokens import TrainableTokensConfig
     from inlay.methods.unilora import UniLoraConfig
     from inlay.methods.vera import VeraConfig
@@ -101,6 +102,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BOFTConfig",
     "BeftConfig",
     "BitfitConfig",
     "BottleneckConfig",
@@ -122,7 +124,6 @@ __all__ = [
     "LoraGAConfig",
     "MissConfig",
     "OFTConfig",
-    "BOFTConfig",
     "OSFConfig",
     "PeanutConfig",
     "PeftConfig",
@@ -144,6 +145,7 @@ __all__ = [
     "ShiraConfig",
     "SupertuningConfig",
     "TaskType",
+    "TinyLoraConfig",
     "TrainableTokensConfig",
     "UniLoraConfig",
     "UserError",
@@ -220,6 +222,7 @@ _MODULES = {
     "inlay.methods.supertuning": ["SupertuningConfig"],
     "inlay.methods.pvera": ["PveraConfig"],
     "inlay.methods.randlora": ["RandLoraConfig"],
+    "inlay.methods.tinylora": ["TinyLoraConfig"],
     "inlay.methods.unilora": ["UniLoraConfig"],
     "inlay.methods.vera": ["VeraConfig"],
     "inlay.methods.trainable_tokens": ["TrainableTokensConfig"],

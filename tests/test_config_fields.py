@@ -134,6 +134,12 @@ FIELDS = {
         peft_version proj_seed r revision save_indices target_modules task_type theta_d_length
         unilora_dropout
     """,
+    "inlay.methods.tinylora:TinyLoraConfig": """
+        auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode
+        init_v_bound init_weights layers_pattern layers_to_transform modules_to_save peft_type
+        peft_version projection_seed r revision save_projection target_modules task_type
+        tinylora_dropout u weight_tying
+    """,
     "inlay.methods.vera:VeraConfig": """
         auto_mapping base_model_name_or_path bias d_initial exclude_modules fan_in_fan_out
         inference_mode init_weights layers_pattern layers_to_transform modules_to_save

@@ -70,6 +70,7 @@ PUBLIC = {
     "PveraConfig",
     "RandLoraConfig",
     "VeraConfig",
+    "TinyLoraConfig",
     "UniLoraConfig",
     "TaskType",
     "TrainableTokensConfig",

@@ -121,7 +121,8 @@ def _check_plain(config: AdapterConfig, what: str) -> LoraConfig:
     extra = {
         "bias": config.bias != "none",
         "modules_to_save": bool(config.modules_to_save),
-        f"init_lora_weights={config.init_lora_weights!r}": config.start not in (None, "orthogonal"),
+        f"init_lora_weights={config.init_lora_weights!r}": config.start
+        not in (None, "orthogonal", "eva"),
     }
     found = [name for name, there in extra.items() if there]
     if found:

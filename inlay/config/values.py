@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import types
 import typing
@@ -137,6 +138,8 @@ def _words(type_: Any) -> str:
         return "a mapping of names" + (
             "" if arguments[1] is Any else f" to {_plural(arguments[1])}"
         )
+    if dataclasses.is_dataclass(type_):
+        return "a mapping of names"
     return _PLAIN.get(type_, str(type_))
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from inlay.core.errors import UserError
+from inlay.inits._search import largest
 
 FROM_THE_BASE = True
 SPARE = 8
 """Directions tried beyond R, which make the R better."""
-SEED = 0
 
 
 def start(
@@ -28,17 +28,6 @@ def start(
     if niter is None:
         u, s, v = torch.linalg.svd(weight, full_matrices=False)
     else:
-        u, s, v = _largest(weight, min(rank + SPARE, *weight.shape), niter)
+        u, s, v = largest(weight, rank + SPARE, niter)
     root = (s[:rank] / scale).sqrt()
     return u[:, :rank] * root, root[:, None] * v[:rank]
-
-
-def _largest(weight: Tensor, count: int, niter: int) -> tuple[Tensor, Tensor, Tensor]:
-    # seeded on its own: the same base has the same start each time, also when a run goes on
-    draw = torch.Generator().manual_seed(SEED)
-    tried = torch.randn(weight.shape[1], count, generator=draw).to(weight)
-    span = torch.linalg.qr(weight @ tried)[0]
-    for _ in range(niter):
-        span = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ span)[0])[0]
-    u, s, v = torch.linalg.svd(span.T @ weight, full_matrices=False)
-    return span @ u, s, v

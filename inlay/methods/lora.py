@@ -21,8 +21,18 @@ from inlay.core.config import PeftType
 from inlay.core.errors import UserError
 from inlay.core.limits import Dropout, Rank, Scale
 from inlay.core.targeted import TargetedConfig
+from inlay.methods._starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, nested
 
-INITS = re.compile(r"gaussian|pissa|pissa_niter_\d{1,2}|olora|orthogonal")
+INITS = re.compile(
+    r"gaussian|pissa|pissa_niter_\d{1,2}|olora|orthogonal|mica|loftq|eva|corda|lora_ga"
+)
+STARTS: dict[str, type[Any]] = {
+    "eva": EvaConfig,
+    "corda": CordaConfig,
+    "lora_ga": LoraGAConfig,
+    "loftq": LoftQConfig,
+}
+"""Starts with settings of their own, which stand in `<start>_config`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +58,7 @@ class LoraConfig(TargetedConfig):
     init_lora_weights: bool | str = True
     """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. False: both
     random, for tests. Computed from the layer's weight: "pissa", "pissa_niter_4" (or another number
-    of rounds), "olora", "orthogonal"."""
+    of rounds), "olora", "orthogonal", "mica", "loftq". From data: "eva", "corda", "lora_ga"."""
     rank_pattern: dict[str, Rank] = dataclasses.field(default_factory=dict)
     """Rank of the modules whose path ends in the key (a regular expression), instead of r."""
     alpha_pattern: dict[str, Scale] = dataclasses.field(default_factory=dict)
@@ -60,14 +70,14 @@ class LoraConfig(TargetedConfig):
     """PEFT's field for Megatron's parallel layers."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """PEFT's field for training single token embeddings."""
-    loftq_config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """PEFT's field for the LoftQ start."""
-    eva_config: dict[str, Any] | None = None
-    """PEFT's field for the EVA start."""
-    corda_config: dict[str, Any] | None = None
-    """PEFT's field for the CorDA start."""
-    lora_ga_config: dict[str, Any] | None = None
-    """PEFT's field for the LoRA-GA start."""
+    loftq_config: LoftQConfig | dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of the start "loftq": loftq_bits, loftq_iter."""
+    eva_config: EvaConfig | dict[str, Any] | None = None
+    """Settings of the start "eva": rho, tau, use_label_mask, whiten, adjust_scaling_factors."""
+    corda_config: CordaConfig | dict[str, Any] | None = None
+    """Settings of the start "corda": corda_method (ipm or kpm), cache_file, covariance_file."""
+    lora_ga_config: LoraGAConfig | dict[str, Any] | None = None
+    """Settings of the start "lora_ga": direction, scale, stable_gamma."""
     velora_config: dict[str, Any] | None = None
     """PEFT's field for VeLoRA."""
     alora_invocation_tokens: list[int] | None = None
@@ -110,10 +120,6 @@ class LoraConfig(TargetedConfig):
             "arrow_config",
             "kasa_config",
             "ensure_weight_tying",
-            "eva_config",
-            "corda_config",
-            "lora_ga_config",
-            "loftq_config",
         ),
         "inlay has LoRA, rsLoRA and DoRA so far; leave this field at its default",
     )
@@ -126,8 +132,16 @@ class LoraConfig(TargetedConfig):
         ):
             raise UserError(
                 f"init_lora_weights={self.init_lora_weights!r} is not one of true, false, "
-                "gaussian, pissa, pissa_niter_4, olora, orthogonal"
+                "gaussian, pissa, pissa_niter_4, olora, orthogonal, mica, loftq, eva, corda, "
+                "lora_ga"
             )
+        for init, cls in STARTS.items():
+            field = f"{init}_config"
+            given = getattr(self, field) or ({} if self.init_lora_weights == init else None)
+            found = nested(field, cls, given)
+            if field == "loftq_config":  # PEFT keeps this one as a mapping
+                found = {} if found is None else dataclasses.asdict(found)
+            object.__setattr__(self, field, found)
         if self.use_dora and self.start is not None:
             raise UserError(
                 f"use_dora goes with the plain starts, not with init_lora_weights="
@@ -169,6 +183,8 @@ class Lora(Delta):
         out_features, in_features = base.shape
         self.lora_A = self.parameter(config.r, in_features)
         self.lora_B = self.parameter(out_features, config.r)
+        if config.init_lora_weights == "mica":
+            self.frozen = ("lora_B",)
         self.register_buffer("start_A", None, persistent=False)
         self.register_buffer("start_B", None, persistent=False)
 
@@ -235,6 +251,10 @@ NAMES = ("lora_A.weight", "lora_B.weight")
 
 def _chosen(config: LoraConfig) -> type[Adapter]:
     """Return what the configuration makes of LoRA."""
+    if config.init_lora_weights == "loftq":
+        from inlay.methods._loftq import LoftQ
+
+        return LoftQ
     if not config.use_dora:
         return Lora
     from inlay.methods._dora import Dora  # which holds a Lora, so its file needs this one

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from inlay.bases import view
 from inlay.core.adapter import Adapter, Bias, Copy, Delta, Reweight
 from inlay.core.base import Base
-from inlay.core.config import AdapterConfig
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
 from inlay.core.numbers import check_whole
@@ -136,11 +135,6 @@ def extract(
         raise UserError(f"the two models do not differ in target_modules={chosen!r}{only}")
     set_lora(roster, name, made.factors)
     return made.result(left)
-
-
-def is_drawn(config: AdapterConfig) -> bool:
-    """Return whether an adapter's start was drawn at random, so that no reader can find it."""
-    return "_niter_" in str(getattr(config, "start", None))
 
 
 @contextmanager

@@ -65,5 +65,10 @@ def _listed(adapters: Sequence[Adapter]) -> tuple[tuple[nn.Parameter, ...], tupl
     Only an adapter's own parameters are counted when they are replaced (`Adapter.placed`).
     """
     own = [adapter for adapter in adapters if not adapter._modules]
-    flat = tuple(p for adapter in own for p in adapter._parameters.values() if p is not None)
+    flat = tuple(
+        p
+        for adapter in own
+        for name, p in adapter._parameters.items()
+        if p is not None and name not in adapter.frozen
+    )
     return flat, tuple(adapter for adapter in adapters if adapter._modules)

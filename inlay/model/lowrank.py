@@ -76,7 +76,7 @@ def set_lora(
     """
     ranks = {path: len(a) for path, (_, a) in factors.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    of_site = {_key(path, ranks): rank for path, rank in ranks.items() if rank != usual}
+    of_site = {key_of(path, ranks): rank for path, rank in ranks.items() if rank != usual}
     config = LoraConfig(
         r=usual,
         lora_alpha=usual,
@@ -107,7 +107,7 @@ def set_lora(
         raise
 
 
-def _key(path: str, paths: Mapping[str, int]) -> str:
+def key_of(path: str, paths: Mapping[str, int]) -> str:
     """Return the pattern that means this path: the path, held at its start where others end so."""
     longer = any(path in list(patterns.ends(other))[1:] for other in paths)
     return f"^{re.escape(path)}" if longer else path
