@@ -144,8 +144,10 @@ def tensor_file(folder: str | Path) -> Path:
     path = Path(folder) / TENSORS
     if path.is_file():
         with open(path, "rb") as file:
-            start = file.read(2)
-        if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"):
+            start = file.read(9)
+        # a header of 896 bytes starts as a pickle does, but safetensors goes on with "{"
+        pickled = start.startswith((b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"))
+        if pickled and start[8:] != b"{":
             raise UserError(_pickle(path))
         return path
     if (Path(folder) / PICKLE).exists():

@@ -245,6 +245,18 @@ def test_tensors_that_are_not_finite_are_refused(tiny_llama: Any, saved: Path, v
     refused(tiny_llama(), saved, f"NaN or infinite, in {name}")
 
 
+def test_a_header_as_long_as_a_pickle_begins_is_opened(tiny_llama: Any, saved: Path) -> None:
+    content = (saved / TENSORS).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    # the two bytes that a pickle begins with, as the length of a header: the next such one
+    longer = (size - 0x0380 + 0xFFFF) // 0x10000 * 0x10000 + 0x0380
+    header, data = content[8 : 8 + size].ljust(longer), content[8 + size :]
+    (saved / TENSORS).write_bytes(longer.to_bytes(8, "little") + header + data)
+    assert (saved / TENSORS).read_bytes()[:2] == b"\x80\x03"
+    (saved / "inlay.json").unlink()
+    inlay.PeftModel.from_pretrained(tiny_llama(), saved)
+
+
 def test_a_pickle_is_not_opened(tiny_llama: Any, saved: Path, tmp_path: Path) -> None:
     trap = tmp_path / "opened"
 
