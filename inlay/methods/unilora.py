@@ -84,7 +84,7 @@ class Theta(Shared):
         if number not in self._parts:
             places = _places(sum(self._sizes), len(self.unilora_theta_d), self._seed)
             factors = places.bincount(minlength=len(self.unilora_theta_d)).float().rsqrt()[places]
-            parts = zip(places.split(self._sizes), factors.split(self._sizes), strict=True)
+            parts = zip(*(torch.split(t, self._sizes) for t in (places, factors)), strict=True)
             self._parts = dict(enumerate(parts))
         return self._parts.pop(number)
 
@@ -144,14 +144,12 @@ class UniLora(Delta):
             return
         (theta,) = self._held
         assert isinstance(theta, Theta)
-        places, factors = theta.part(self.number)
-        sizes = self.unilora_indices_A.numel(), self.unilora_indices_B.numel()
-        for name, place, factor in zip(
-            "AB", places.split(sizes), factors.split(sizes), strict=True
-        ):
-            shape, dtype = self.get_buffer(f"unilora_indices_{name}").shape, base.adapter_dtype
-            setattr(self, f"unilora_indices_{name}", place.view(shape).to(base.device))
-            setattr(self, f"unilora_scales_{name}", factor.view(shape).to(base.device, dtype))
+        sizes = [self.unilora_indices_A.numel(), self.unilora_indices_B.numel()]
+        kinds = {"indices": torch.long, "scales": base.adapter_dtype}
+        for (kind, dtype), drawn in zip(kinds.items(), theta.part(self.number), strict=True):
+            for name, part in zip("AB", torch.split(drawn, sizes), strict=True):
+                shape = self.get_buffer(f"unilora_{kind}_{name}").shape
+                setattr(self, f"unilora_{kind}_{name}", part.view(shape).to(base.device, dtype))
 
     @property
     def dtype(self) -> torch.dtype:
