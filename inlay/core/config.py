@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from inlay.core import limits
@@ -49,6 +50,8 @@ class PeftType(enum.StrEnum):
     ADAPTION_PROMPT = "ADAPTION_PROMPT"
     POLY = "POLY"
     UNILORA = "UNILORA"
+    TINYLORA = "TINYLORA"
+    XLORA = "XLORA"
     BOTTLENECK = "BOTTLENECK"
 
 
@@ -111,6 +114,16 @@ class AdapterConfig:
                     f"{self.not_yet[field.name]}"
                 )
         limits.check(self)
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        """The other adapters of the model that this one is made of: name -> folder or hub id."""
+        return {}
+
+    @property
+    def trains_parts(self) -> bool:
+        """Whether these train with it."""
+        return False
 
     def at(self, site: str) -> Self:
         """Return this configuration as it applies to the module path `site` (patterns resolved)."""
