@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from inlay.core.errors import UserError, nearest
 
-ORDER = ("train", "chat", "eval", "merge", "info")
+ORDER = ("train", "compare", "chat", "eval", "merge", "info")
 
 
 def main(words: Sequence[str] | None = None) -> int:

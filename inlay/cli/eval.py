@@ -107,7 +107,7 @@ def measure(
 
     from inlay.data.dataset import prepare
     from inlay.run.limits import fitting
-    from inlay.run.measure import measure_answers, measure_labels, measure_loss
+    from inlay.run.measure import measure as scores
     from inlay.train.precision import choose
 
     prepared = prepare(fitting(data, model, config.objective), tokenizer)
@@ -120,17 +120,12 @@ def measure(
     rows = prepared.train_rows if given else prepared.eval_rows
     asked = {name: getattr(arguments, name) for name in ("answers", "max_new_tokens")}
     evaluate = replace(config.evaluate, **{k: v for k, v in asked.items() if v is not None})
+    config = replace(config, evaluate=evaluate)
     precision = choose(config.train.precision, model)
-    size = config.train.eval_batch_size or config.train.micro_batch_size
 
     def side(model: Any) -> dict[str, Any]:
-        given = (model, tokenizer, objective, examples, size, precision)
-        loss = measure_loss(*given)
-        if objective.task == "SEQ_CLS":
-            return loss | measure_labels(*given)
-        return loss | measure_answers(
-            model, tokenizer, rows, evaluate, precision, prepared.template
-        )
+        given = (examples, rows, config, precision, prepared.template)
+        return scores(model, tokenizer, objective, *given)
 
     with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
         base = side(other_base or model)

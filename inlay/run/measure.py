@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from inlay.config.schema import EvaluateConfig
+from inlay.config.schema import EvaluateConfig, RunConfig
 from inlay.data.rows import Chat, Completion, Row
 from inlay.data.split import limited
 from inlay.data.template import Template
@@ -93,6 +93,25 @@ def measure_answers(
         "answered": len(asked),
         "answers": [asdict(answer) for answer in found.answers],
     }
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    objective: Any,
+    examples: Sequence[Any],
+    rows: Sequence[Row],
+    config: RunConfig,
+    precision: Any,
+    template: Template | None,
+) -> dict[str, Any]:
+    """Return the loss over `examples`, with answers to `rows` or, of a classifier, its labels."""
+    size = config.train.eval_batch_size or config.train.micro_batch_size
+    given = (model, tokenizer, objective, examples, size, precision)
+    if objective.task == "SEQ_CLS":
+        return measure_loss(*given) | measure_labels(*given)
+    answers = measure_answers(model, tokenizer, rows, config.evaluate, precision, template)
+    return measure_loss(*given) | answers
 
 
 def answerable(rows: Sequence[Row], limit: int) -> list[Row]:
