@@ -1,0 +1,125 @@
+// 4-bit codes -> numbers: out[i] = table[code[i]] * absmax[i / block], two codes to a byte, the
+// first in the high half.  absmax is given as floats, or doubly quantized:
+// map[code8[b]] * nested[b / nested_block] + offset.
+//
+// Compiled without contraction into fused multiply-adds, so that each product and sum is rounded as
+// the eager twin's is.  Blocks are shared out to threads in contiguous runs.
+
+#include <pthread.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512BW__) && defined(__AVX512F__)
+#include <immintrin.h>
+#define WIDE 1
+#endif
+
+typedef struct {
+    const uint8_t *codes;        // [n / 2]
+    const uint8_t *absmax8;      // [blocks], or null
+    const float *absmax;         // [blocks], or null
+    const float *map;            // [256]
+    const float *nested;         // [blocks / nested_block]
+    const float *table;          // [16]
+    void *out;                   // [n]
+    int64_t n, block, nested_block, first, last;
+    float offset;
+    int kind;                    // 0: float32, 1: bfloat16, 2: float16
+} Work;
+
+static inline uint16_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0u;  // not a number stays one
+    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);  // to nearest, ties to even
+}
+
+static inline uint16_t to_fp16(float value) {
+#if defined(__F16C__)
+    return (uint16_t)_cvtss_sh(value, 0);
+#else
+    _Float16 half = (_Float16)value;
+    uint16_t bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+#endif
+}
+
+static inline float scale_of(const Work *w, int64_t b) {
+    if (w->absmax) return w->absmax[b];
+    return w->map[w->absmax8[b]] * w->nested[b / w->nested_block] + w->offset;
+}
+
+// `count` numbers of two bytes from `count / 2` codes
+static void halves(const uint8_t *codes, const uint16_t *table, uint16_t *out, int64_t count) {
+    int64_t i = 0;
+#ifdef WIDE
+    uint16_t twice[32];
+    memcpy(twice, table, 32);
+    memcpy(twice + 16, table, 32);
+    const __m512i entries = _mm512_loadu_si512(twice);
+    for (; i + 32 <= count; i += 32) {
+        // a byte in each 32 bits: its high half to the low 16 (it comes first), its low half above
+        __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i / 2)));
+        __m512i low = _mm512_slli_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(15)), 16);
+        __m512i index = _mm512_or_si512(_mm512_srli_epi32(byte, 4), low);
+        _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(index, entries));
+    }
+#endif
+    for (; i < count; i++) out[i] = table[i & 1 ? codes[i / 2] & 15 : codes[i / 2] >> 4];
+}
+
+static void floats(const uint8_t *codes, const float *table, float *out, int64_t count) {
+    int64_t i = 0;
+#ifdef WIDE
+    const __m512 entries = _mm512_loadu_ps(table);
+    for (; i + 16 <= count; i += 16) {
+        __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(codes + i / 2)));
+        __m512i low = _mm512_slli_epi64(_mm512_and_si512(byte, _mm512_set1_epi64(15)), 32);
+        __m512i index = _mm512_or_si512(_mm512_srli_epi64(byte, 4), low);
+        _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(index, entries));
+    }
+#endif
+    for (; i < count; i++) out[i] = table[i & 1 ? codes[i / 2] & 15 : codes[i / 2] >> 4];
+}
+
+static void *run(void *given) {
+    const Work *w = given;
+    for (int64_t b = w->first; b < w->last; b++) {
+        const int64_t at = b * w->block;
+        const int64_t count = at + w->block <= w->n ? w->block : w->n - at;
+        const float scale = scale_of(w, b);
+        float scaled[16];
+        for (int k = 0; k < 16; k++) scaled[k] = w->table[k] * scale;
+        if (w->kind == 0) {
+            floats(w->codes + at / 2, scaled, (float *)w->out + at, count);
+            continue;
+        }
+        uint16_t narrow[16];
+        for (int k = 0; k < 16; k++) narrow[k] = w->kind == 1 ? to_bf16(scaled[k]) : to_fp16(scaled[k]);
+        halves(w->codes + at / 2, narrow, (uint16_t *)w->out + at, count);
+    }
+    return 0;
+}
+
+void inlay_dequantize_4bit(const uint8_t *codes, const uint8_t *absmax8, const float *absmax,
+                           const float *map, const float *nested, const float *table, void *out,
+                           int64_t n, int64_t block, int64_t nested_block, float offset, int kind,
+                           int threads) {
+    const int64_t blocks = (n + block - 1) / block;
+    if (threads > 64) threads = 64;
+    if (threads > blocks / 1024) threads = (int)(blocks / 1024);  // a thread costs some 10 us
+    if (threads < 1) threads = 1;
+    Work work[64];
+    pthread_t thread[64];
+    int started[64];
+    for (int t = 0; t < threads; t++) {
+        work[t] = (Work){codes, absmax8, absmax, map, nested, table, out, n, block, nested_block,
+                         blocks * t / threads, blocks * (t + 1) / threads, offset, kind};
+        started[t] = t > 0 && pthread_create(&thread[t], 0, run, &work[t]) == 0;
+    }
+    for (int t = 0; t < threads; t++)
+        if (!started[t]) run(&work[t]);
+    for (int t = 1; t < threads; t++)
+        if (started[t]) pthread_join(thread[t], 0);
+}
