@@ -81,6 +81,43 @@ def test_a_convolution_with_another_padding_runs_what_it_merges(lib: Any, method
 
 
 @both
+@pytest.mark.parametrize(
+    "settings", [{"kernel_size": 3}, {"kernel_size": 3, "padding": 1}], ids=str
+)
+def test_oft_on_a_convolution_starts_from_the_base_and_runs_what_it_merges(
+    lib: Any, settings: Any
+) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(2, 4, **settings)).eval()
+
+    x = images().float()
+    config = lib.OFTConfig(oft_block_size=2, r=0, target_modules=["0"])
+    model = lib.get_peft_model(base(), config).eval()
+    torch.testing.assert_close(model(x), base()(x), rtol=1e-4, atol=1e-5)
+    randomize(model, 0.3)
+    ran = model(x)
+    assert not torch.allclose(ran, base()(x), atol=1e-2)
+    torch.testing.assert_close(model.merge_and_unload()(x), ran, rtol=1e-4, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("method", ["C3A", "OFT"])
+def test_two_active_adapters_run_what_they_merge(lib: Any, method: str) -> None:
+    settings = {"C3A": {"block_size": 2}, "OFT": {"oft_block_size": 3, "r": 0}}[method]
+    config = getattr(lib, f"{method}Config")(target_modules=["my_lora_block"], **settings)
+    model = lib.get_peft_model(net(), config, "a")
+    model.add_adapter("b", config)
+    choose = model.set_adapter if lib is inlay else model.base_model.set_adapter
+    choose(["a", "b"])
+    randomize(model.requires_grad_(True), 0.5)
+    x = torch.linspace(-1, 1, 18).reshape(3, 6)
+    ran = model.eval()(x)
+    merged = model.merge_and_unload(adapter_names=["a", "b"])
+    torch.testing.assert_close(merged(x), ran, rtol=1e-4, atol=1e-5)
+
+
+@both
 def test_rows_of_a_batch_have_adapters_of_any_method(lib: Any) -> None:
     config = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
     model = random(lib, build(llama), lib.IA3Config(**config))
