@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from inlay.methods.c3a import C3AConfig
     from inlay.methods.deft import DeftConfig
     from inlay.methods.delora import DeloraConfig
+    from inlay.methods.fourierft import FourierFTConfig
     from inlay.methods.glora import GloraConfig
     from inlay.methods.gralora import GraloraConfig
     from inlay.methods.hira import HiraConfig
@@ -48,7 +49,10 @@ if TYPE_CHECKING:
     from inlay.methods.tinylora import TinyLoraConfig
     from inlay.methods.trainable_tokens import TrainableTokensConfig
     from inlay.methods.unilora import UniLoraConfig
+    from inlay.methods.vblora import VBLoRAConfig
     from inlay.methods.vera import VeraConfig
+    from inlay.methods.xlora import XLoraConfig
+    from inlay.methods.waveft import WaveFTConfig
     from inlay.model.load import load_base
     from inlay.run import Run, train
     from inlay.surface.auto import (
@@ -111,6 +115,7 @@ __all__ = [
     "DeftConfig",
     "DeloraConfig",
     "EvaConfig",
+    "FourierFTConfig",
     "GloraConfig",
     "GraloraConfig",
     "HRAConfig",
@@ -149,7 +154,10 @@ __all__ = [
     "TrainableTokensConfig",
     "UniLoraConfig",
     "UserError",
+    "VBLoRAConfig",
     "VeraConfig",
+    "XLoraConfig",
+    "WaveFTConfig",
     "__version__",
     "convert_to_lora",
     "create_lorafa_optimizer",
@@ -205,6 +213,8 @@ _MODULES = {
     "inlay.methods.hira": ["HiraConfig"],
     "inlay.methods.hra": ["HRAConfig"],
     "inlay.methods.oft": ["OFTConfig"],
+    "inlay.methods.fourierft": ["FourierFTConfig"],
+    "inlay.methods.waveft": ["WaveFTConfig"],
     "inlay.methods.boft": ["BOFTConfig"],
     "inlay.methods.ia3": ["IA3Config"],
     "inlay.methods.ln_tuning": ["LNTuningConfig"],
@@ -224,7 +234,9 @@ _MODULES = {
     "inlay.methods.randlora": ["RandLoraConfig"],
     "inlay.methods.tinylora": ["TinyLoraConfig"],
     "inlay.methods.unilora": ["UniLoraConfig"],
+    "inlay.methods.vblora": ["VBLoRAConfig"],
     "inlay.methods.vera": ["VeraConfig"],
+    "inlay.methods.xlora": ["XLoraConfig"],
     "inlay.methods.trainable_tokens": ["TrainableTokensConfig"],
     "inlay.model.load": ["load_base"],
     "inlay.run": ["Run"],

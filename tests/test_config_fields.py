@@ -140,6 +140,12 @@ FIELDS = {
         peft_version projection_seed r revision save_projection target_modules task_type
         tinylora_dropout u weight_tying
     """,
+    "inlay.methods.vblora:VBLoRAConfig": """
+        auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode
+        init_logits_std init_vector_bank_bound layers_pattern layers_to_transform modules_to_save
+        num_vectors peft_type peft_version r revision save_only_topk_weights target_modules
+        task_type topk vblora_dropout vector_length
+    """,
     "inlay.methods.vera:VeraConfig": """
         auto_mapping base_model_name_or_path bias d_initial exclude_modules fan_in_fan_out
         inference_mode init_weights layers_pattern layers_to_transform modules_to_save
@@ -185,6 +191,18 @@ FIELDS = {
         layers_pattern layers_to_transform modules_to_save peft_type peft_version revision
         target_modules task_type
     """,
+    "inlay.methods.fourierft:FourierFTConfig": """
+        auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode
+        init_weights layers_pattern layers_to_transform modules_to_save n_frequency
+        n_frequency_pattern peft_type peft_version random_loc_seed revision scaling target_modules
+        task_type
+    """,
+    "inlay.methods.waveft:WaveFTConfig": """
+        auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode
+        init_weights layers_pattern layers_to_transform modules_to_save n_frequency
+        n_frequency_pattern peft_type peft_version proportional_parameters random_loc_seed revision
+        scaling target_modules task_type use_idwt wavelet_family
+    """,
     "inlay.methods.c3a:C3AConfig": """
         auto_mapping base_model_name_or_path bias block_size block_size_pattern exclude_modules
         inference_mode init_weights layers_pattern layers_to_transform modules_to_save peft_type
@@ -210,6 +228,12 @@ FIELDS = {
         auto_mapping base_model_name_or_path exclude_modules inference_mode init_weights
         layers_pattern layers_to_transform modules_to_save n_skills n_splits n_tasks peft_type
         peft_version poly_type r revision target_modules task_type
+    """,
+    "inlay.methods.xlora:XLoraConfig": """
+        adapters auto_mapping base_model_name_or_path enable_softmax enable_softmax_topk
+        global_scaling_weight hidden_size inference_mode layerwise_scalings modules_to_save
+        peft_type peft_version revision scaling_pass_value softmax_temperature task_type
+        top_k_lora use_trainable_adapters xlora_depth xlora_dropout_p xlora_size
     """,
     "inlay.train.settings:TrainConfig": """
         adam_beta1 adam_beta2 adam_epsilon early_stopping_patience early_stopping_threshold

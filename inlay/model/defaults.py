@@ -77,7 +77,10 @@ TARGETS_OF: Mapping[str, Mapping[str, list[str] | str]] = {
         }.items()
         for kind in kinds.split()
     },
-    "C3A": TARGETS | {kind: ["mlp.c_proj"] for kind in ("gpt2", "gpt_bigcode")},
+    **dict.fromkeys(
+        ("C3A", "FOURIERFT", "WAVEFT"),
+        TARGETS | {kind: ["mlp.c_proj"] for kind in ("gpt2", "gpt_bigcode")},
+    ),
     "IA3": {},  # its own file says which, for some are adapted otherwise than the rest
     "LN_TUNING": {
         kind: names.split()
@@ -95,6 +98,13 @@ TARGETS_OF: Mapping[str, Mapping[str, list[str] | str]] = {
             "LayerNorm": "bert roberta electra deberta-v2",
         }.items()
         for kind in kinds.split()
+    },
+    "VBLORA": TARGETS
+    | {kind: ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"] for kind in ("bart", "opt")}
+    | {
+        "t5": ["q", "k", "v", "o", "wi", "wo"],
+        "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
+        "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
     },
     "VERA": TARGETS | {"phi": ["q_proj", "v_proj"]},
     "PVERA": TARGETS | {"phi": ["q_proj", "v_proj"], "dinov2": ["query", "value"]},
