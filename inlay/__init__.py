@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from inlay.methods.unilora import UniLoraConfig
     from inlay.methods.vblora import VBLoRAConfig
     from inlay.methods.vera import VeraConfig
-    from inlay.methods.xlora import XLoraConfig
     from inlay.methods.waveft import WaveFTConfig
+    from inlay.methods.xlora import XLoraConfig
     from inlay.model.load import load_base
     from inlay.run import Run, train
     from inlay.surface.auto import (
@@ -156,8 +156,8 @@ __all__ = [
     "UserError",
     "VBLoRAConfig",
     "VeraConfig",
-    "XLoraConfig",
     "WaveFTConfig",
+    "XLoraConfig",
     "__version__",
     "convert_to_lora",
     "create_lorafa_optimizer",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from inlay.checkpoint import folder as files
 from inlay.checkpoint.fingerprint import check_same_base, fingerprint
 from inlay.checkpoint.names import PREFIX, ROOT, carried, compare, complete, embeddings, slots
+from inlay.checkpoint.resume import resume, unsaved
 from inlay.core.config import AdapterConfig
 from inlay.core.errors import UserError
 from inlay.core.targeted import TargetedConfig
@@ -76,6 +78,7 @@ def save_adapter(
     content = dict(extra or {})
     if not (Path(folder) / "README.md").exists():
         content.setdefault("README.md", _card(config, roster.model).encode())
+    content |= unsaved(roster, name)
     content[files.TENSORS] = tensors
     content[files.CONFIG] = settings.encode()
     # last, for it vouches for the others
@@ -127,7 +130,46 @@ def load_adapter(
     path = files.tensor_file(folder)
     shapes = files.read_shapes(path)
     check_origin(roster, folder, settings, base=check_base)
-    return add_with_tensors(roster, name, settings, shapes, path, trainable=trainable)
+    with with_parts(roster, name, settings, beside=folder, train=trainable, check_base=check_base):
+        return add_with_tensors(roster, name, settings, shapes, path, trainable=trainable)
+
+
+@contextlib.contextmanager
+def with_parts(
+    roster: Roster,
+    name: str,
+    config: TargetedConfig,
+    *,
+    beside: Path | None = None,
+    train: bool = True,
+    check_base: bool = True,
+) -> Iterator[None]:
+    """Load the adapters that `config` is made of, for a block that adds it as `name`.
+
+    Those that the model has are taken; others are read from the folder `beside`, where they were
+    saved with it, or from where the configuration says. On any error they are taken out again.
+    """
+    if not config.parts:
+        yield
+        return
+    before = roster.names
+    try:
+        for part, place in config.parts.items():
+            if part not in before:
+                # only what inlay saved: PEFT mixes the parts up in the files it puts there
+                near = beside is not None and (beside / part / files.OURS).is_file()
+                found = beside / part if beside is not None and near else files.fetch(place)
+                trained = train and config.trains_parts
+                load_adapter(roster, part, found, trainable=trained, check_base=check_base)
+        yield
+    except BaseException:
+        for added in reversed(roster.names[len(before) :]):
+            roster.remove(added)
+        if not before:
+            roster.take_out(merged=False)
+        raise
+    if not before:  # as an adapter without parts would be
+        roster.select((name,))
 
 
 def check_origin(
@@ -169,6 +211,8 @@ def add_with_tensors(
         for key, slot in wanted.items():
             slot.put(tensors[key])
         complete(roster, name)
+        if trainable:
+            resume(roster, name, path.parent)
     except BaseException:
         if first:
             roster.take_out(merged=False)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -43,6 +43,16 @@ class Shared(nn.Module):
         """Return PEFT's file key under `base_model.` -> (name here, shape in the file)."""
         return {}
 
+    def ahead(
+        self, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], selection: Selection
+    ) -> Mapping[str, Tensor]:
+        """Return what is said to the adapters in a call of the whole model (see `Selection.said`).
+
+        args, kwargs: what the model is called with; this may call it for itself first.
+        """
+        del model, args, kwargs, selection
+        return {}
+
     def complete(self) -> None:
         """Make what no file holds, once a file's tensors are in their places."""
 
@@ -58,6 +68,8 @@ class Adapter(nn.Module, ABC):
     """Whether an adapter of default settings changes nothing until it is trained."""
     frozen: tuple[str, ...] = ()
     """Names of parameters that never train."""
+    computed: ClassVar[tuple[str, ...]] = ()
+    """Names in `keys` that are no parameters: computed of them for a file, and taken by `fill`."""
     placed: ClassVar[int] = 0
     """How many parameters were ever put into adapters: when it moves, lists of them may be old."""
     _held: tuple[Shared, ...] = ()
@@ -114,6 +126,10 @@ class Adapter(nn.Module, ABC):
         """Make what no file holds: when the adapter is made, or once a file's tensors are in it."""
         del base
 
+    def beside(self, adapters: nn.ModuleDict) -> None:
+        """Take note of all adapters by name of the host that this one is set into."""
+        del adapters
+
     def parameter(self, *shape: int) -> nn.Parameter:
         """Return an uninitialized parameter in the adapter's dtype and on its device."""
         return nn.Parameter(torch.empty(shape, device=self._device, dtype=self._dtype))
@@ -161,6 +177,18 @@ class Adapter(nn.Module, ABC):
             for name, p in self.named_parameters()
             if not name.startswith(f"{Shared.lent_as}.")
         }
+
+    def fill(self, name: str, value: Tensor) -> None:
+        """Take what a file holds by a name in `computed`, in the place of what computes it."""
+        raise NotImplementedError(name)
+
+    def unsaved(self) -> dict[str, Tensor]:
+        """Return what no file of PEFT's holds, though training goes on with it, by names."""
+        return {}
+
+    def resume(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `unsaved` gave, once a file's tensors are in their places."""
+        del tensors
 
 
 class Reweight(Adapter):

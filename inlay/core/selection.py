@@ -98,7 +98,7 @@ class Selection:
             if rows is not None:
                 self.rows = rows
             if said is not None:
-                self._said = said
+                self._said = {**self._said, **said}
             yield
         finally:
             self._active, self._rows, self._groups, self._said = before

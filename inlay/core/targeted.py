@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
+
+from torch import nn
 
 from inlay.core import patterns
 from inlay.core.config import AdapterConfig, plain
@@ -81,9 +83,9 @@ class TargetedConfig(AdapterConfig):
             object.__setattr__(here, field, value)
         return here
 
-    def wanted(self, paths: Sequence[str]) -> list[str] | str | None:
-        """Return the target_modules that are meant among a model's `paths`; None: the usual."""
-        del paths
+    def wanted(self, found: Mapping[str, nn.Module]) -> list[str] | str | None:
+        """Return the target_modules meant among a model's modules by path; None: the usual."""
+        del found
         return self.target_modules
 
     def site_keys(self, field: str) -> patterns.Keys[Any]:

@@ -9,7 +9,7 @@ no O.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -80,16 +80,16 @@ class AdaptionPromptConfig(TargetedConfig):
         }
         return self.replace(**{k: v for k, v in told.items() if getattr(self, k) is None})
 
-    def wanted(self, paths: Sequence[str]) -> list[str]:
+    def wanted(self, found: Mapping[str, nn.Module]) -> list[str]:
         """Return the paths of the top layers' attention."""
         count = self.adapter_layers or 1  # `filled` has filled it in
-        found = [path for path in paths if f".{path}".endswith(f".{self.target_modules}")]
-        if len(found) < count:
+        paths = [path for path in found if f".{path}".endswith(f".{self.target_modules}")]
+        if len(paths) < count:
             raise UserError(
-                f"adapter_layers={count}, but {len(found)} modules of this model are called "
+                f"adapter_layers={count}, but {len(paths)} modules of this model are called "
                 f"{self.target_modules!r}"
             )
-        return found[-count:]
+        return paths[-count:]
 
 
 class AdaptionPrompt(Wrap):

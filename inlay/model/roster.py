@@ -15,6 +15,7 @@ from torch import nn
 from inlay.bases import view
 from inlay.core import patterns
 from inlay.core.adapter import Adapter, Bias, Copy, Shared
+from inlay.core.ahead import Ahead
 from inlay.core.base import Base
 from inlay.core.errors import UserError, nearest
 from inlay.core.inlaid import Inlaid
@@ -44,6 +45,7 @@ class Roster:
         self.hosts: dict[str, Inlaid] = {}
         self.trainable: set[str] = set()
         self._gradients = Gradients()
+        self._ahead: dict[str, Ahead] = {}
         self._required_grad: dict[str, bool] | None = None
 
     @property
@@ -104,7 +106,11 @@ class Roster:
             self.selection.active = (name,)
         for path, adapter in made.items():
             adapter.selection = self.selection
-            self._host(places, path).adapters[name] = adapter
+            host = self._host(places, path)
+            host.adapters[name] = adapter
+            adapter.beside(host.adapters)
+        if shared is not None and type(shared).ahead is not Shared.ahead:
+            self._ahead[name] = Ahead(self.model, name, shared, self.selection)
         self.configs[name] = resolved
         if trainable:
             self.trainable.add(name)
@@ -165,6 +171,11 @@ class Roster:
         self.check(name)
         if name in self.selection.merged:
             raise UserError(f"{name!r} is merged: call unmerge_adapter() before deleting it")
+        for other, config in self.configs.items():
+            if name in config.parts:
+                raise UserError(f"{name!r} is a part of {other!r}: delete that first")
+        if name in self._ahead:
+            self._ahead.pop(name).close()
         places = Places(self.model)
         for path, host in list(self.hosts.items()):
             if name in host.adapters:
@@ -202,7 +213,8 @@ class Roster:
         chosen = tuple(names)
         self.check(*chosen)
         self.selection.active = chosen
-        self._gradients.only(self.trainable.intersection(chosen) if train else ())
+        parts = (part for name in chosen for part in self.configs[name].parts)
+        self._gradients.only(self.trainable.intersection([*chosen, *parts]) if train else ())
 
     def _is_active(self, name: str) -> bool:
         return name in self.selection.active
@@ -274,6 +286,9 @@ class Roster:
             parameter.requires_grad_(flags.get(path, True))
         if names:
             no_longer_tied(self.model)
+        for ahead in self._ahead.values():
+            ahead.close()
+        self._ahead = {}
         self.configs, self.hosts, self.trainable = {}, {}, set()
         self._gradients, self._required_grad = Gradients(), None
         self.selection.merged = ()
@@ -344,7 +359,7 @@ def _way_out(kind: type[Adapter]) -> str:
 
 def _resolved(config: TargetedConfig, sites: targets.Sites, model: nn.Module) -> TargetedConfig:
     """Return the configuration with what it leaves to the model filled in, as files state it."""
-    given = config.target_modules
+    given = None if config.rooted else config.wanted(dict(targets.modules(model)))
     changes: dict[str, Any] = {}
     if not config.rooted and sites.adapted and (given is None or targets.is_all_linear(given)):
         changes["target_modules"] = spelled_out(sites.adapted, model)

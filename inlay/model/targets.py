@@ -82,8 +82,8 @@ def resolve(model: nn.Module, config: TargetedConfig, *, strict: bool = True) ->
 
 def targets(model: nn.Module, config: TargetedConfig) -> Sequence[str] | str:
     """Return target_modules, or the usual ones of the model's type where none are given."""
-    paths = [path for path, _ in modules(model)]
-    wanted = config.wanted(paths)
+    found = dict(modules(model))
+    wanted = config.wanted(found)
     if wanted is not None:
         return wanted
     kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -96,7 +96,7 @@ def targets(model: nn.Module, config: TargetedConfig) -> Sequence[str] | str:
     names = usual[kind]
     if isinstance(names, str):
         return names
-    ends = {end for path in paths for end in patterns.ends(path)}
+    ends = {end for path in found for end in patterns.ends(path)}
     return [name for name in names if name in ends] or names
 
 

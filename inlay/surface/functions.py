@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from inlay.checkpoint.adapter import adapter_tensors, save_adapter, set_tensors
+from inlay.checkpoint.adapter import adapter_tensors, save_adapter, set_tensors, with_parts
 from inlay.checkpoint.hotswap import hotswap, prepare
 from inlay.checkpoint.names import PREFIX
 from inlay.core.config import AdapterConfig
@@ -62,7 +62,8 @@ def inject_adapter_in_model(
         paths = _named_by(state_dict, model)
         config = config.replace(target_modules=paths, exclude_modules=None)
     device = torch.device("meta") if low_cpu_mem_usage else None
-    roster.add(adapter_name, config, device=device)
+    with with_parts(roster, adapter_name, config):
+        roster.add(adapter_name, config, device=device)
     model.__dict__[_ROSTER] = roster
     return model
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from inlay.checkpoint import folder as files
-from inlay.checkpoint.adapter import load_adapter, save_adapter
+from inlay.checkpoint.adapter import load_adapter, save_adapter, with_parts
 from inlay.checkpoint.export import tokenizer_files
 from inlay.checkpoint.fingerprint import fingerprint
 from inlay.core.config import AdapterConfig
@@ -164,7 +164,9 @@ class PeftModel(nn.Module):
 
     def add_adapter(self, adapter_name: str, peft_config: AdapterConfig) -> None:
         """Add a new adapter, to be trained; it does not become active."""
-        self.roster.add(adapter_name, targeted_config(peft_config))
+        config = targeted_config(peft_config)
+        with with_parts(self.roster, adapter_name, config):
+            self.roster.add(adapter_name, config)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out; where it alone was active, the first that is left becomes so."""
@@ -433,7 +435,8 @@ def get_peft_model(
     if revision is not None:
         config = config.replace(revision=revision)
     adapted = CLASSES.get(config.task_type or "", PeftModel)(model)
-    adapted.roster.add(adapter_name, config)
+    with with_parts(adapted.roster, adapter_name, config):
+        adapted.roster.add(adapter_name, config)
     if not autocast_adapter_dtype:
         _follow_base(adapted.roster, adapter_name)
     return adapted

@@ -111,7 +111,9 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     name: module.LAWS for name, module in settings_of_methods().items()
 }
-HOSTED = [name for name in names() if method(name).adapter is not None]
+APART = {name for name, module in settings_of_methods().items() if hasattr(module, "APART")}
+"""The methods that a single layer cannot try; their settings say where they are tried."""
+HOSTED = [name for name in names() if name not in APART and method(name).adapter is not None]
 WRAPS = [name for name in HOSTED if issubclass(method(name).adapter or Adapter, Wrap)]
 """The methods that declare that no weight can say them: the law holds for all others."""
 MADE: dict[str, tuple[type[Adapter], Any]] = {

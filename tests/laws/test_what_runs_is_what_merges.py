@@ -20,6 +20,7 @@ from inlay.core.selection import BASE, Selection
 from inlay.methods import method, names
 from inlay.model.roster import Roster
 from tests.laws.samples import (
+    APART,
     HOSTED,
     MADE,
     REFUSED,
@@ -62,7 +63,7 @@ def test_every_kind_of_layer_has_a_sample_and_every_method_a_layer():
 
 
 def test_the_methods_without_a_host_are_those_declared_so():
-    assert set(names()) - set(HOSTED) == {"full"}
+    assert set(names()) - set(HOSTED) == {"full", *APART}
 
 
 @pytest.mark.parametrize(("made", "sample"), CROSSED)

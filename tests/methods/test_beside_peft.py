@@ -1,7 +1,8 @@
 """Every method beside PEFT's of the same name: files both ways, counts, keys, merged weights.
 
 What is tried of a method stands in `settings/`, one file a method: PEFT = case -> (base, settings);
-its own `output(model)` where the method's models are to be called in another way than plain ones.
+its own `output(model)` where the method's models are called in another way than plain ones. APART
+names another file that does the comparison.
 PEFT_DOES_NOT_MERGE lists the settings that PEFT itself cannot merge, or merges wrongly, with why.
 """
 
@@ -50,7 +51,8 @@ def theirs(name: str, make: Any, settings: dict[str, Any]) -> Any:
 
 def test_every_method_that_peft_has_is_compared_with_it() -> None:
     shared = {name for name in names() if name.upper() in peft.PeftType.__members__}
-    assert shared == {case.values[0] for case in CASES}
+    apart = {name for name, module in settings_of_methods().items() if hasattr(module, "APART")}
+    assert shared == {case.values[0] for case in CASES} | apart
 
 
 @pytest.mark.parametrize(("name", "make", "settings"), CASES)

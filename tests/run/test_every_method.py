@@ -17,6 +17,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 } | {"c3a": {"block_size": 32}, "road": {"group_size": 32}}
 REFUSED = {
     "bitfit": "no layer of this LlamaForCausalLM has a bias",
+    "xlora": "must name the LoRAs to mix",
     "trainable_tokens": "the head of this model is tied to its embedding",
 }
 """The methods that no recipe can train on this base -> what the error says."""
