@@ -6,6 +6,7 @@ ledger.jsonl      what became of every input row
 checkpoints/      step-N, to go on from
 adapter/          what was trained, in PEFT's files, with the tokenizer and chat template used
 model/            in place of it after full fine-tuning: a plain transformers folder
+start.safetensors an adapter's start that was found in the rows (EVA, CorDA, LoRA-GA)
 evaluation.json   base beside adapter on the held-out rows; written last
 """
 
@@ -32,6 +33,7 @@ CONFIG, EVENTS, LEDGER, EVALUATION = (
     "evaluation.json",
 )
 ADAPTER, MODEL, CHECKPOINTS, PLOT = "adapter", "model", "checkpoints", "loss.png"
+START = "start.safetensors"
 
 
 class Run:

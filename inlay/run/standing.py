@@ -22,6 +22,7 @@ from inlay.run.folder import (
     LEDGER,
     MODEL,
     PLOT,
+    START,
     Run,
 )
 
@@ -36,7 +37,7 @@ FREE = {
 """Settings that may change between two starts of a run: they change no result."""
 
 # config.yaml last: as long as it stands, the folder is known for what it is
-_OURS = (EVALUATION, ADAPTER, MODEL, CHECKPOINTS, PLOT, EVENTS, LEDGER, CONFIG)
+_OURS = (EVALUATION, ADAPTER, MODEL, CHECKPOINTS, PLOT, EVENTS, LEDGER, START, CONFIG)
 
 
 def look(run: Run, resolved: Resolved, *, overwrite: bool) -> Literal["new", "begun", "finished"]:

@@ -31,6 +31,7 @@ from inlay.run.loaded import Loaded, load
 from inlay.run.measure import measure_answers, measure_labels, measure_loss, told
 from inlay.run.report import Report, Terminal
 from inlay.run.standing import clear, digests, look, no_junk, only_one
+from inlay.run.starting import Rows, begin, needs_rows, without_start
 from inlay.surface.peft_model import get_peft_model
 from inlay.train.evaluate import Score
 from inlay.train.events import Events
@@ -95,6 +96,7 @@ def start(
             write_text(
                 run.folder / CONFIG, to_yaml(resolved, f"The settings of the run in {run.folder}")
             )
+            job.begin(resume=state == "begun")
             job.measure_base()
             outcome = job.fit(resume=state == "begun")
             if outcome.stopped in ("sigterm", "sigint"):
@@ -125,7 +127,7 @@ class _Job:
         if config.train.packing:
             check_packable(base.config)
         self.loaded.redraw(config.train.seed)
-        self.model = adapted(base, config)
+        self.model = adapted(base, without_start(config))
         self.objective = self.loaded.objective(config)
         vocabulary = base.get_input_embeddings().weight.shape[0]
         data = fitting(config.data, base, config.objective)
@@ -134,6 +136,14 @@ class _Job:
         check_tokens(self.data, self.tokenizer, vocabulary)
         self.precision = choose(config.train.precision, self.model)
         report.facts(facts(resolved, self.model, self.data, self.precision))
+
+    def begin(self, *, resume: bool) -> None:
+        """Find the adapter's start in the rows, where it is one of these."""
+        if needs_rows(self.config):
+            train = self.config.train
+            rows = Rows(self.data.train, self.objective, self.tokenizer, self.precision, train)
+            tell, place = self.report.notice, self.run.folder
+            begin(self.model, self.config, rows, place, tell, resume=resume)
 
     def measure_base(self) -> None:
         """Write what the base scores on the held-out rows, unless an earlier start did."""
