@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from inlay.core.errors import UserError
     from inlay.methods._starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
     from inlay.methods.adalora import AdaLoraConfig
+    from inlay.methods.adamss import AdamssConfig
     from inlay.methods.adaption_prompt import AdaptionPromptConfig
     from inlay.methods.beft import BeftConfig
     from inlay.methods.bitfit import BitfitConfig
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from inlay.methods.hira import HiraConfig
     from inlay.methods.hra import HRAConfig
     from inlay.methods.ia3 import IA3Config
+    from inlay.methods.lily import LilyConfig
     from inlay.methods.ln_tuning import LNTuningConfig
     from inlay.methods.loha import LoHaConfig
     from inlay.methods.lokr import LoKrConfig
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from inlay.methods.osf import OSFConfig
     from inlay.methods.peanut import PeanutConfig
     from inlay.methods.poly import PolyConfig
+    from inlay.methods.prefix_tuning import PrefixTuningConfig
     from inlay.methods.prompt_tuning import PromptTuningConfig
     from inlay.methods.psoft import PsoftConfig
     from inlay.methods.pvera import PveraConfig
@@ -92,12 +95,17 @@ if TYPE_CHECKING:
         preprocess_loraga,
         replace_lora_weights_loftq,
     )
-    from inlay.train.makers import create_lorafa_optimizer, create_loraplus_optimizer
+    from inlay.train.makers import (
+        create_lorafa_optimizer,
+        create_loraplus_optimizer,
+        create_riemannian_optimizer,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaLoraConfig",
+    "AdamssConfig",
     "AdaptionPromptConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
@@ -122,6 +130,7 @@ __all__ = [
     "HiraConfig",
     "IA3Config",
     "LNTuningConfig",
+    "LilyConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoftQConfig",
@@ -141,6 +150,7 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PolyConfig",
+    "PrefixTuningConfig",
     "PromptTuningConfig",
     "PsoftConfig",
     "PveraConfig",
@@ -162,6 +172,7 @@ __all__ = [
     "convert_to_lora",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
+    "create_riemannian_optimizer",
     "extract_lora",
     "get_eva_state_dict",
     "get_peft_config",
@@ -197,9 +208,11 @@ _MODULES = {
     "inlay.train.makers": [
         "create_lorafa_optimizer",
         "create_loraplus_optimizer",
+        "create_riemannian_optimizer",
     ],
     "inlay.core.config": ["PeftType", "TaskType"],
     "inlay.core.errors": ["UserError"],
+    "inlay.methods.adamss": ["AdamssConfig"],
     "inlay.methods.bottleneck": ["BottleneckConfig"],
     "inlay.methods.adaption_prompt": ["AdaptionPromptConfig"],
     "inlay.methods.adalora": ["AdaLoraConfig"],
@@ -217,6 +230,7 @@ _MODULES = {
     "inlay.methods.waveft": ["WaveFTConfig"],
     "inlay.methods.boft": ["BOFTConfig"],
     "inlay.methods.ia3": ["IA3Config"],
+    "inlay.methods.lily": ["LilyConfig"],
     "inlay.methods.ln_tuning": ["LNTuningConfig"],
     "inlay.methods.loha": ["LoHaConfig"],
     "inlay.methods.lokr": ["LoKrConfig"],
@@ -227,6 +241,7 @@ _MODULES = {
     "inlay.methods.psoft": ["PsoftConfig"],
     "inlay.methods.road": ["RoadConfig"],
     "inlay.methods.poly": ["PolyConfig"],
+    "inlay.methods.prefix_tuning": ["PrefixTuningConfig"],
     "inlay.methods.prompt_tuning": ["PromptTuningConfig"],
     "inlay.methods.shira": ["ShiraConfig"],
     "inlay.methods.supertuning": ["SupertuningConfig"],

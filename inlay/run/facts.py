@@ -12,6 +12,7 @@ from inlay.data.dataset import Prepared
 from inlay.train.distributed import world
 from inlay.train.order import Order
 from inlay.train.precision import device_of
+from inlay.train.settings import TrainConfig
 
 
 def facts(resolved: Resolved, model: Any, data: Prepared, precision: Any) -> dict[str, list[str]]:
@@ -84,8 +85,17 @@ def training(resolved: Resolved, data: Prepared, precision: Any) -> list[str]:
         f"{', more than there are' if rows > len(data.train) else ''}), "
         f"{several(steps / an_epoch, 'epoch')}",
         f"{str(precision).removeprefix('torch.')}; learning rate {config.learning_rate:g}, "
-        f"{config.lr_scheduler} after a warmup of {rise}; seed {config.seed}",
+        f"{config.lr_scheduler} after a warmup of {rise}; seed {config.seed}{apart(config)}",
     ]
+
+
+def apart(config: TrainConfig) -> str:
+    """Return in what a LoRA's factors are not trained alike."""
+    if config.loraplus_lr_ratio is not None:
+        return f"; B at {config.loraplus_lr_ratio:g} times that rate (LoRA+)"
+    return {"adamw": "", "lorafa": "; A stays (LoRA-FA)"}.get(
+        config.optimizer, f"; {config.optimizer}"
+    )
 
 
 def several(number: float, noun: str) -> str:

@@ -1,10 +1,13 @@
-"""A LoRA's two factors trained apart: LoRA+ and LoRA-FA.      B [O, R], A [R, I], s the scale.
+"""A LoRA's two factors trained apart.      B [O, R], A [R, I], s the scale, g a gradient.
 
-    LoRA+      lr_B = ratio * lr_A                     (Hayou, Ghosh and Yu, arXiv:2402.12354)
-    LoRA-FA    A stays;  g_B <- g_B (A A^T)^+ / s^2    (Zhang et al., arXiv:2308.03303)
+    LoRA+         lr_B = ratio * lr_A                     (Hayou, Ghosh and Yu, arXiv:2402.12354)
+    LoRA-FA       A stays;  g_B <- g_B (A A^T)^+ / s^2    (Zhang et al., arXiv:2308.03303)
+    Riemannian    g_A <- (B^T B + d)^-1 g_A;  g_B <- g_B (A A^T + d)^-1
+                                                          (Zhang and Pilanci, arXiv:2402.02347)
 
 LoRA-FA's step of B is the one whose update of the weight, s B A, comes nearest to that of full
-fine-tuning.  With A frozen, of a layer's input only A x [R] is kept for the backward pass.
+fine-tuning; with A frozen, of a layer's input only A x [R] is kept for the backward pass. The
+Riemannian gradients are those of the product B A, however its length is shared out; d damps them.
 """
 
 from __future__ import annotations
@@ -23,44 +26,59 @@ from inlay.methods.lora import Lora
 
 EMBEDDING_RATE = 1e-6
 """LoRA+'s learning rate for adapters on embeddings where none is given, as in PEFT."""
+DAMPING = 1e-2
+"""Of the Riemannian gradients where none is given, as in PEFT."""
+
+Factors = Mapping[nn.Parameter, tuple[nn.Parameter, float]]
+"""B -> (A, s)."""
 
 
-class LoraFA(torch.optim.AdamW):
-    """AdamW that turns the gradient of each B before it steps.
+def before_each_step(optimizer: torch.optim.Optimizer, turn: Callable[[], None]) -> None:
+    """Let `turn` change the gradients whenever `optimizer` is about to step."""
 
-    factors: B -> (A, s). What is in none of them is trained as AdamW does.
-    """
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(given is not None for given in (*args[1:], *kwargs.values())):
+            raise UserError("this optimizer takes no closure, which would compute gradients anew")
+        turn()
 
-    def __init__(
-        self, params: Any, factors: Mapping[nn.Parameter, tuple[Tensor, float]], **settings: Any
-    ) -> None:
-        """Take parameters or groups of them, and AdamW's settings."""
-        super().__init__(params, **settings)
-        self.factors = dict(factors)
+    optimizer.register_step_pre_hook(hook)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one step; the gradients of each B are replaced by those stepped along."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for b, (a, scale) in self.factors.items():
-            if b.grad is not None:
-                b.grad = nearest_to_full(b.grad, a, scale)
-        super().step()
-        return loss
+
+@torch.no_grad()
+def turn_to_full(factors: Factors) -> None:
+    """Turn the gradient of each B for LoRA-FA."""
+    for b, (a, scale) in factors.items():
+        if b.grad is not None:
+            b.grad = nearest_to_full(b.grad, a, scale)
+
+
+@torch.no_grad()
+def turn_to_product(factors: Factors, damping: float) -> None:
+    """Turn the gradients of each A and B for the Riemannian step."""
+    for b, (a, _) in factors.items():
+        at_a, at_b = (
+            torch.linalg.inv(square + damping * torch.eye(len(square)).to(square))
+            for square in (_wide(b).T @ _wide(b), _wide(a) @ _wide(a).T)
+        )
+        if a.grad is not None:
+            a.grad = (at_a @ a.grad.to(at_a.dtype)).to(a.dtype)
+        if b.grad is not None:
+            b.grad = (b.grad.to(at_b.dtype) @ at_b).to(b.dtype)
 
 
 def nearest_to_full(gradient: Tensor, a: Tensor, scale: float) -> Tensor:
     """Return g (A A^T)^+ / s^2 of the gradient g [O, R] of B; in float32, where a step is small."""
-    wide = a.to(torch.promote_types(a.dtype, torch.float32))
+    wide = _wide(a)
     # the rows of A may depend on one another (an orthogonal start): those get the shortest step
     inverse = torch.linalg.pinv(wide @ wide.T, hermitian=True)
     return (gradient.to(wide.dtype) @ inverse / scale**2).to(gradient.dtype)
 
 
-def factors_of(model: nn.Module) -> dict[nn.Parameter, tuple[nn.Parameter, float]]:
+def _wide(factor: Tensor) -> Tensor:
+    return factor.to(torch.promote_types(factor.dtype, torch.float32))
+
+
+def factors_of(model: nn.Module) -> Factors:
     """Return B -> (A, s) of every LoRA in training, but for embeddings; UserError for none.
 
     On an embedding A starts at zero: frozen it would teach nothing.
@@ -73,7 +91,7 @@ def factors_of(model: nn.Module) -> dict[nn.Parameter, tuple[nn.Parameter, float
         if isinstance(lora, Lora) and lora.lora_B.requires_grad
     }
     if not found:
-        raise UserError("LoRA-FA needs a LoRA in training, and there is none: take AdamW")
+        raise UserError("this optimizer is for a LoRA in training, and there is none: take AdamW")
     return found
 
 

@@ -1,8 +1,9 @@
-"""PEFT's makers of optimizers: LoRA+ and LoRA-FA, for training loops of one's own."""
+"""PEFT's makers of optimizers: LoRA+, LoRA-FA, Riemannian, for training loops of one's own."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,15 @@ from torch import nn
 
 from inlay.core.errors import UserError
 from inlay.core.numbers import check_finite
-from inlay.train.factors import EMBEDDING_RATE, LoraFA, factors_of, rates
+from inlay.train.factors import (
+    DAMPING,
+    EMBEDDING_RATE,
+    before_each_step,
+    factors_of,
+    rates,
+    turn_to_full,
+    turn_to_product,
+)
 from inlay.train.optim import is_matrix
 
 
@@ -53,7 +62,7 @@ def create_lorafa_optimizer(
     lr: float = 1e-3,
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
-) -> LoraFA:
+) -> torch.optim.AdamW:
     """Return AdamW of which each LoRA's B alone is stepped; A is frozen from now on.
 
     r, lora_alpha, use_rslora: taken as PEFT takes them; the scale of each layer is its own. In a
@@ -74,4 +83,29 @@ def create_lorafa_optimizer(
         }
         for decays in (True, False)
     ]
-    return LoraFA([g for g in groups if g["params"]], factors, lr=lr, eps=1e-6)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, eps=1e-6)
+    before_each_step(optimizer, partial(turn_to_full, factors))
+    return optimizer
+
+
+def create_riemannian_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[torch.optim.Optimizer],
+    *,
+    lr: float,
+    reg: float = DAMPING,
+    **kwargs: Any,
+) -> torch.optim.Optimizer:
+    """Return an `optimizer_cls` over what trains, which steps along the gradients of each B A.
+
+    reg: damps them where a factor is short. kwargs are the optimizer's own. In a recipe it is
+    `train.optimizer: riemannian`.
+    """
+    check_finite("reg", reg)
+    if reg <= 0:
+        raise UserError(f"reg={reg!r} must be above 0: B starts at zero")
+    factors = factors_of(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer_cls(trained, lr=lr, **kwargs)  # type: ignore[call-arg]
+    before_each_step(optimizer, partial(turn_to_product, factors, reg))
+    return optimizer

@@ -10,12 +10,20 @@ on another parameter.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inlay.train.factors import LoraFA, factors_of, rates
+from inlay.train.factors import (
+    DAMPING,
+    before_each_step,
+    factors_of,
+    rates,
+    turn_to_full,
+    turn_to_product,
+)
 from inlay.train.settings import TrainConfig
 
 
@@ -53,9 +61,14 @@ def make_optimizer(
         "eps": config.adam_epsilon,
         "fused": fused,
     }
-    if config.optimizer == "lorafa" and model is not None:
-        return LoraFA(filled, factors_of(model), **settings)
-    return torch.optim.AdamW(filled, **settings)
+    optimizer = torch.optim.AdamW(filled, **settings)
+    if config.optimizer != "adamw" and model is not None:
+        factors = factors_of(model)
+        turn = partial(turn_to_full, factors)
+        if config.optimizer == "riemannian":
+            turn = partial(turn_to_product, factors, DAMPING)
+        before_each_step(optimizer, turn)
+    return optimizer
 
 
 def is_matrix(parameter: Tensor) -> bool:

@@ -11,7 +11,7 @@ from inlay.core.errors import UserError
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
-Optimizer = Literal["adamw", "lorafa"]
+Optimizer = Literal["adamw", "lorafa", "riemannian"]
 SCHEDULES, PRECISIONS = get_args(Schedule), get_args(Precision)
 OPTIMIZERS = get_args(Optimizer)
 POSITIVE = (
@@ -64,7 +64,8 @@ class TrainConfig:
 
     optimizer: Optimizer = "adamw"
     """adamw, or lorafa: of each LoRA only B trains, along AdamW's step that comes nearest to full
-    fine-tuning's; A stays as it began, which takes less memory."""
+    fine-tuning's, and A stays as it began, which takes less memory; or riemannian: AdamW along the
+    gradients of the product B A, however its length is shared out."""
 
     loraplus_lr_ratio: float | None = None
     """LoRA+: the learning rate of a LoRA's B is this many times that of its A; left out = 1."""

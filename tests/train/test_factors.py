@@ -39,7 +39,9 @@ def weights(model):
     return {key: t.clone() for key, t in inlay.get_peft_model_state_dict(model).items()}
 
 
-@pytest.mark.parametrize("train", [{"optimizer": "lorafa"}, {"loraplus_lr_ratio": 4.0}])
+@pytest.mark.parametrize(
+    "train", [{"optimizer": "lorafa"}, {"optimizer": "riemannian"}, {"loraplus_lr_ratio": 4.0}]
+)
 def test_a_resumed_run_is_the_same_run(run, train):
     train = {"lr_scheduler": "constant", **train}
     whole, first, cut = lora(), lora(), lora()
@@ -72,5 +74,5 @@ def test_settings_that_cannot_be_are_refused(run):
         TrainConfig(optimizer="sgd").validate()
     with pytest.raises(UserError, match="with optimizer lorafa there is no A"):
         TrainConfig(optimizer="lorafa", loraplus_lr_ratio=2.0).validate()
-    with pytest.raises(UserError, match="needs a LoRA in training"):
+    with pytest.raises(UserError, match="is for a LoRA in training"):
         run(inlay.get_peft_model(build(llama), inlay.IA3Config()), optimizer="lorafa")

@@ -6,7 +6,11 @@ import peft
 import peft.optimizers.lorafa
 import pytest
 import torch
-from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from peft.optimizers import (
+    create_lorafa_optimizer,
+    create_loraplus_optimizer,
+    create_riemannian_optimizer,
+)
 
 import inlay
 from inlay.core.errors import UserError
@@ -89,6 +93,25 @@ def test_lora_fa_steps_as_pefts_and_leaves_the_first_factor(monkeypatch):
     assert_same(theirs, ours, before, 2e-5)
 
 
+def test_riemannian_steps_as_pefts():
+    theirs, ours = pair()
+    before = peft_tensors(ours)
+    settings = {"lr": 1e-2, "reg": 0.1}
+    for model, make in (
+        (theirs, create_riemannian_optimizer),
+        (ours, inlay.create_riemannian_optimizer),
+    ):
+        three_steps(model, make(model, torch.optim.SGD, **settings), 100.0)
+    assert_same(theirs, ours, before, 1e-5)
+
+
+def test_an_optimizer_that_turns_gradients_takes_no_closure():
+    _, ours = pair()
+    optimizer = inlay.create_riemannian_optimizer(ours, torch.optim.SGD, lr=0.1)
+    with pytest.raises(UserError, match="takes no closure"):
+        optimizer.step(lambda: 1.0)
+
+
 def test_lora_fa_of_an_invertible_factor_steps_the_weight_along_the_full_gradient():
     torch.manual_seed(0)
     a, full = torch.randn(5, 5), torch.randn(7, 5)
@@ -102,7 +125,7 @@ def test_lora_fa_of_an_invertible_factor_steps_the_weight_along_the_full_gradien
 
 def test_what_has_no_factors_is_refused():
     model = inlay.get_peft_model(build(llama), inlay.IA3Config())
-    with pytest.raises(UserError, match="LoRA-FA needs a LoRA in training"):
+    with pytest.raises(UserError, match="is for a LoRA in training"):
         inlay.create_lorafa_optimizer(model, lr=1e-3)
     with pytest.raises(UserError, match="none is in training"):
         inlay.create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=4)
