@@ -59,6 +59,11 @@ FIELDS = {
         prompt_tuning_init prompt_tuning_init_text revision task_type token_dim tokenizer_kwargs
         tokenizer_name_or_path
     """,
+    "inlay.methods.prefix_tuning:PrefixTuningConfig": """
+        auto_mapping base_model_name_or_path encoder_hidden_size inference_mode init_weights
+        modules_to_save num_attention_heads num_layers num_transformer_submodules
+        num_virtual_tokens peft_type peft_version prefix_projection revision task_type token_dim
+    """,
     "inlay.methods.delora:DeloraConfig": """
         auto_mapping base_model_name_or_path bias delora_lambda exclude_modules inference_mode
         init_weights lambda_pattern layers_pattern layers_to_transform module_dropout
@@ -145,6 +150,13 @@ FIELDS = {
         init_logits_std init_vector_bank_bound layers_pattern layers_to_transform modules_to_save
         num_vectors peft_type peft_version r revision save_only_topk_weights target_modules
         task_type topk vblora_dropout vector_length
+    """,
+    "inlay.methods.adamss:AdamssConfig": """
+        asa_importance_beta asa_schedule_exponent asa_target_subspaces asa_uncertainty_beta
+        auto_mapping base_model_name_or_path exclude_modules final_warmup inference_mode init_warmup
+        init_weights layers_pattern layers_to_transform mask_interval modules_to_save num_subspaces
+        peft_type peft_version r random_seed revision subspace_rank svd_threshold target_modules
+        task_type use_dynamic_rank
     """,
     "inlay.methods.vera:VeraConfig": """
         auto_mapping base_model_name_or_path bias d_initial exclude_modules fan_in_fan_out
@@ -234,6 +246,11 @@ FIELDS = {
         global_scaling_weight hidden_size inference_mode layerwise_scalings modules_to_save
         peft_type peft_version revision scaling_pass_value softmax_temperature task_type
         top_k_lora use_trainable_adapters xlora_depth xlora_dropout_p xlora_size
+    """,
+    "inlay.methods.lily:LilyConfig": """
+        auto_mapping base_model_name_or_path exclude_modules inference_mode init_weights
+        layers_pattern layers_to_transform modules_to_save num_B peft_type peft_version r revision
+        scaling stride_A target_modules task_type
     """,
     "inlay.train.settings:TrainConfig": """
         adam_beta1 adam_beta2 adam_epsilon early_stopping_patience early_stopping_threshold

@@ -56,6 +56,8 @@ class PeftType(enum.StrEnum):
     TINYLORA = "TINYLORA"
     XLORA = "XLORA"
     VBLORA = "VBLORA"
+    ADAMSS = "ADAMSS"
+    LILY = "LILY"
     BOTTLENECK = "BOTTLENECK"
 
 
