@@ -3,6 +3,7 @@
     adapter_config.json          the settings (PEFT's)
     adapter_model.safetensors    the tensors (PEFT's)
     inlay.json                   what only inlay knows: fingerprint of the base, digests
+    inlay_training.safetensors   what a method computes its file's tensors of, to train on
 
 A folder is untrusted: sizes are limited before anything is read, nothing in it is run, and a pickle
 is refused.
@@ -25,6 +26,7 @@ from inlay.core.errors import UserError
 from inlay.methods import method
 
 CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "inlay.json"
+UNSAVED = "inlay_training.safetensors"
 PICKLE = "adapter_model.bin"
 LARGEST_JSON = 4 << 20
 """Bytes a JSON file of an adapter may have."""
@@ -58,7 +60,7 @@ def fetch(name: str | Path, revision: str | None = None) -> Path:
 
     try:
         # only the files that are read; a pickle in the repository is not even fetched
-        wanted = [CONFIG, TENSORS, OURS]
+        wanted = [CONFIG, TENSORS, OURS, UNSAVED]
         return Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise UserError(

@@ -43,6 +43,9 @@ class Slot:
 
     def put(self, tensor: Tensor) -> None:
         """Copy `tensor` into the parameter or buffer, giving it memory where it has none yet."""
+        if self.parameter in self.adapter.computed:
+            self.adapter.fill(self.parameter, tensor.to(self.device, copy=True))
+            return
         owner, name = self._place()
         old: Tensor = getattr(owner, name)
         value = tensor.to(old.dtype).reshape(old.shape)

@@ -6,6 +6,7 @@ B rows, T real tokens, V virtual ones, D width of the embeddings.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from abc import abstractmethod
 from typing import Any, ClassVar, Self, cast
 
@@ -64,16 +65,19 @@ class PromptConfig(TargetedConfig):
                 f"{type(model).__name__} is no model of transformers: {self.method} needs its "
                 "embeddings and configuration"
             )
+        told = {"num_virtual_tokens": USUAL_TOKENS, **self.sizes(model)}
+        return self.replace(**{k: v for k, v in told.items() if getattr(self, k) is None})
+
+    def sizes(self, model: Any) -> dict[str, int]:
+        """Return what the model says of the fields that are its own."""
+        config = model.config
         own = config.get_text_config() if hasattr(config, "get_text_config") else config
-        twice = getattr(config, "is_encoder_decoder", False)
-        told = {
-            "num_virtual_tokens": USUAL_TOKENS,
+        return {
             "token_dim": own.hidden_size,
-            "num_transformer_submodules": 2 if twice else 1,
+            "num_transformer_submodules": 2 if is_twofold(model) else 1,
             "num_attention_heads": own.num_attention_heads,
             "num_layers": own.num_hidden_layers,
         }
-        return self.replace(**{k: v for k, v in told.items() if getattr(self, k) is None})
 
 
 class Virtual(Wrap):
@@ -82,27 +86,47 @@ class Virtual(Wrap):
     on: ClassVar[frozenset[Kind]] = frozenset({"module"})
     config: PromptConfig
 
+    past: ClassVar[bool] = False
+    """Whether the virtual tokens are keys and values of a cache: rows may then lack them."""
+
+    @property
+    def count(self) -> int:
+        """V, how many virtual tokens a row has."""
+        return self.config.num_virtual_tokens or USUAL_TOKENS
+
     @abstractmethod
     def virtual(self) -> Tensor:
         """Return the virtual tokens [V, D]."""
 
-    def edit(self, call: dict[str, Any], virtual: Tensor, embed: Any, fresh: bool) -> None:
-        """Change a call's arguments, so that the virtual tokens [B, V, D] come first.
+    def rows(self, real: Tensor) -> Tensor:
+        """Return the virtual tokens of each row of `real`, [B, V, D]."""
+        return self.virtual().expand(len(real), -1, -1)
 
-        embed: ids -> embeddings. fresh: whether they are yet to be seen; where a cache holds them,
-        only mask and positions count them.
+    def edit(
+        self,
+        model: Any,
+        call: dict[str, Any],
+        count: int,
+        virtual: Tensor | None,
+        shown: Tensor | None = None,
+    ) -> None:
+        """Change a call's arguments, so that `count` virtual tokens come first.
+
+        virtual: the tokens [B, V, D] where they are yet to be seen; None: a cache holds them, and
+        only mask and positions count them. shown [B, V]: which of them a row has, None: all.
         """
-        ids, given = call.get("input_ids"), call.get("inputs_embeds")
-        real: Any = ids if given is None else given
-        count, width = virtual.shape[1], real.shape[1]
-        if fresh:
-            embedded = embed(ids) if given is None else given
+        del shown
+        given: Any = call.get("inputs_embeds")
+        real: Any = call.get("input_ids") if given is None else given
+        cache = call.get("past_key_values")
+        fresh = virtual is not None
+        held = 0 if fresh or cache is None else int(cache.get_seq_length())
+        if virtual is not None:
+            embedded = model.get_input_embeddings()(real) if given is None else given
             call["input_ids"] = None
             call["inputs_embeds"] = torch.cat([virtual.to(embedded), embedded], 1)
-        cache = call.get("past_key_values")
-        held = 0 if fresh or cache is None else int(cache.get_seq_length())
-        _widen_mask(call, count, held + width + (count if fresh else 0))
-        _shift_positions(call, count, fresh)
+        widen_mask(call, count, held + real.shape[1] + (count if fresh else 0))
+        shift_positions(call, count, fresh)
         if not fresh:
             return
         for name, fill in (("token_type_ids", 0), ("labels", -100)):
@@ -122,7 +146,8 @@ def _in_front(value: Tensor, count: int, fill: int) -> Tensor:
     return torch.cat([value.new_full((len(value), count), fill), value], 1)
 
 
-def _widen_mask(call: dict[str, Any], count: int, whole: int) -> None:
+def widen_mask(call: dict[str, Any], count: int, whole: int, shown: Tensor | None = None) -> None:
+    """Put `count` ones, or `shown` [B, V], before a call's mask of fewer than `whole` columns."""
     mask = call.get("attention_mask")
     if mask is None:
         return
@@ -132,10 +157,12 @@ def _widen_mask(call: dict[str, Any], count: int, whole: int) -> None:
             "caches and masks of several dimensions are not supported"
         )
     if mask.shape[1] < whole:
-        call["attention_mask"] = _in_front(mask, count, 1)
+        more = mask.new_ones(len(mask), count) if shown is None else shown.to(mask)
+        call["attention_mask"] = torch.cat([more, mask], 1)
 
 
-def _shift_positions(call: dict[str, Any], count: int, fresh: bool) -> None:
+def shift_positions(call: dict[str, Any], shift: Any, fresh: bool) -> None:
+    """Count a call's positions on by `shift`; where `fresh`, those of the tokens before join."""
     for name in ("position_ids", "cache_position"):
         value = call.get(name)
         if value is None:
@@ -146,11 +173,33 @@ def _shift_positions(call: dict[str, Any], count: int, fresh: bool) -> None:
                 "virtual tokens stand before whole rows, so rows that are packed into one have "
                 "none of their own: set packing: false"
             )
-        value = value + count
+        value = value + shift
         if fresh:
-            first = torch.arange(count, device=value.device, dtype=value.dtype)
-            value = torch.cat([first.expand(*value.shape[:-1], count), value], -1)
+            first = torch.arange(shift, device=value.device, dtype=value.dtype)
+            value = torch.cat([first.expand(*value.shape[:-1], shift), value], -1)
         call[name] = value
+
+
+def is_twofold(model: Any) -> bool:
+    """Return whether a model is an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def input_part(model: Any) -> Any:
+    """Return the part of a model that takes the input's embeddings."""
+    return model.get_encoder() if is_twofold(model) else model
+
+
+def cache_part(model: Any) -> Any:
+    """Return the part of a model that takes a cache, or the one that would were there any."""
+    if is_twofold(model):
+        return model.get_decoder()
+    return model if takes_cache(model) else getattr(model, "base_model", model)
+
+
+def takes_cache(part: Any) -> bool:
+    """Return whether a module can be called with past keys and values."""
+    return "past_key_values" in inspect.signature(part.forward).parameters
 
 
 def word_embeddings(model: Any) -> Any:

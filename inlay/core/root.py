@@ -6,14 +6,16 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.base import Layer
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
-from inlay.core.prompted import Virtual
+from inlay.core.prompted import Virtual, cache_part, input_part, is_twofold
 from inlay.core.selection import Selection
 
+Group = tuple[Virtual, int, Tensor | None, Tensor | None]
 NAME = "virtual_tokens"
 """The child of the model that holds the adapters."""
 
@@ -22,7 +24,8 @@ class Root(Inlaid):
     """Adapters of a whole model, which is called, and generates, as its own object still.
 
     It is a child of the model, not around it: torch's forward hooks let it change the arguments.
-    In an encoder-decoder the encoder's are changed, and the decoder is told of the longer input.
+    In an encoder-decoder the encoder's are changed, and the decoder is told of the longer input;
+    a cache goes to the part that reads it.
     """
 
     def __init__(self, base: Layer, selection: Selection) -> None:
@@ -35,12 +38,15 @@ class Root(Inlaid):
         model: Any = base.module
         self.training = model.training
         model.add_module(NAME, self)
-        twice = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        parts = {model.get_encoder(): self._before, model.get_decoder(): self._below}
-        hooked = parts if twice else {model: self._before}
+        hooks = {part: [self._before] for part in (input_part(model), cache_part(model))}
+        if is_twofold(model):
+            hooks[model.get_decoder()].append(self._below)
         self._hooks = [
-            part.register_forward_pre_hook(hook, with_kwargs=True) for part, hook in hooked.items()
+            part.register_forward_pre_hook(hook, with_kwargs=True)
+            for part, own in hooks.items()
+            for hook in own
         ]
+        self._hooks.append(cache_part(model).register_forward_hook(self._after, with_kwargs=True))
 
     @property
     def base_layer(self) -> Any:  # type: ignore[override]
@@ -58,17 +64,30 @@ class Root(Inlaid):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         call = inspect.signature(part.forward).bind_partial(*args, **kwargs).arguments
         call |= call.pop("kwargs", {})
-        real: Any = (
-            call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
-        )
-        groups = self._groups(real)
-        if not groups:
+        here = self._here(part)
+        if not here:
             return None
+        given = call.get("inputs_embeds")
+        real: Any = call.get("input_ids") if given is None else given
         cache = call.get("past_key_values")
         fresh = cache is None or not cache.get_seq_length()
-        for adapter, virtual in reversed(groups):
-            adapter.edit(call, virtual, self.base.module.get_input_embeddings(), fresh)  # type: ignore[operator]
+        groups = self._groups(here, real, fresh)
+        # what fills the cache comes last: an empty one is what the others know a start by
+        for group in sorted(reversed(groups), key=lambda group: group[0].past):
+            group[0].edit(self.base.module, call, *group[1:])
         return (), call
+
+    def _after(
+        self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Take the cache out of an output that was to have none: `generate` would go on with it."""
+        del args
+        given = isinstance(output, dict) and output.get("past_key_values") is not None
+        if not given or kwargs.get("use_cache") is not False:
+            return None
+        if not any(adapter.past for adapter in self._here(part).values()):
+            return None
+        return type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
 
     def _below(
         self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -82,27 +101,44 @@ class Root(Inlaid):
         call["encoder_attention_mask"] = torch.cat([more, mask], 1)
         return (), call
 
-    def _groups(self, real: Tensor) -> list[tuple[Virtual, Tensor]]:
-        """Return each adapter that computes now, with its virtual tokens for all rows [B, V, D]."""
-        chosen, rows = self.selection, len(real)
-        held: dict[str, Virtual] = dict(self.adapters.items())  # type: ignore[arg-type]
+    def _here(self, part: nn.Module) -> dict[str, Virtual]:
+        """Return by name the adapters that compute now and change what `part` is called with."""
+        chosen, model = self.selection, self.base.module
         if chosen.merged:
-            return []
+            return {}
+        held: dict[str, Virtual] = dict(self.adapters.items())  # type: ignore[arg-type]
         names = chosen.active if chosen.rows is None else tuple(dict.fromkeys(chosen.rows))
-        here = [held[name] for name in names if name in held]
-        if chosen.rows is None or len(names) == 1:
-            return [(a, a.virtual().expand(rows, -1, -1)) for a in here]
-        if not here:
-            return []
-        tokens = {name: held[name].virtual() for name in names if name in held}
-        shapes = {(type(a), tuple(tokens[n].shape)) for n, a in held.items() if n in tokens}
-        if len(here) < len(names) or len(shapes) > 1:
+        return {
+            name: held[name]
+            for name in names
+            if name in held
+            and (cache_part(model) if held[name].past else input_part(model)) is part
+        }
+
+    def _groups(self, here: dict[str, Virtual], real: Tensor, fresh: bool) -> list[Group]:
+        """Return adapters with their number of virtual tokens, these for all rows, and a mask."""
+        rows = set(self.selection.rows or ())
+        if len(rows) < 2:
+            return [(a, a.count, a.rows(real) if fresh else None, None) for a in here.values()]
+        whole = len(here) == len(rows)
+        gaps = all(adapter.past for adapter in here.values())
+        counts = {(type(adapter), adapter.count) for adapter in here.values()}
+        if not gaps and (not whole or len(counts) > 1):
             raise UserError(
                 "the rows of one batch must all have adapters of the same method with the same "
-                f"number of virtual tokens, not {', '.join(names)}: run them in batches of their "
-                "own"
+                f"number of virtual tokens, not {', '.join(sorted(rows))}: run them in batches of "
+                "their own"
             )
-        out = next(iter(tokens.values())).new_empty(rows, *next(iter(shapes))[1])
-        for name, index in chosen.groups(rows, real.device).items():
-            out = out.index_copy(0, index, tokens[name].expand(len(index), -1, -1))
-        return [(here[0], out)]
+        first, most = next(iter(here.values())), max(adapter.count for adapter in here.values())
+        shown = torch.zeros(len(real), most, dtype=torch.bool, device=real.device)
+        out: Tensor | None = None
+        for name, index in self.selection.groups(len(real), real.device).items():
+            if name not in here:
+                continue
+            missing = most - here[name].count
+            shown[index, missing:] = True
+            if fresh:
+                tokens = F.pad(here[name].rows(real).index_select(0, index), (0, 0, missing, 0))
+                out = tokens.new_zeros(len(real), *tokens.shape[1:]) if out is None else out
+                out = out.index_copy(0, index, tokens)
+        return [(first, most, out, None if bool(shown.all()) else shown)]

@@ -97,8 +97,16 @@ def test_what_stands_before_the_whole_model_switches_and_is_refused_by_merge(nam
         mixed = model(ids).logits[:, -5:]
     for row, adapter in enumerate(("b", "a", "b")):
         torch.testing.assert_close(mixed[row], ran[(adapter,)][row])
-    with roster.selection.using(rows=("b", BASE, "a")), pytest.raises(UserError, match="rows of"):
-        model(ids)
+    rows = ("b", BASE, "a")
+    if method(name).adapter.past:  # a row can do without keys and values that others have
+        with roster.selection.using(rows=rows):
+            mixed = model(ids).logits
+        for row, adapter in enumerate(rows):
+            alone = ran[() if adapter == BASE else (adapter,)]
+            torch.testing.assert_close(mixed[row], alone[row])
+    else:
+        with roster.selection.using(rows=rows), pytest.raises(UserError, match="rows of"):
+            model(ids)
     roster.take_out(merged=False)
     torch.testing.assert_close(model(ids).logits, plain, rtol=0, atol=0)
     after = dict(model.named_parameters())
