@@ -265,18 +265,22 @@ def _kept(file: str | None, find: Callable[[], dict[str, Tensor]]) -> dict[str, 
 @torch.no_grad()
 def replace_lora_weights_loftq(
     peft_model: nn.Module,
-    model_path: str | Path,
+    model_path: str | Path | None = None,
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
     """Set a LoRA's factors to make up for what its base lost when it was quantized.
 
-    model_path: the safetensors file, or the folder with them, of the base before that. callback:
+    model_path: the safetensors file, or the folder with them, of the base before that (default:
+    the folder that the base was loaded from). callback:
     called with the model and a module's path after each; where it returns false, that module's
     factors are put back.
     """
     roster = roster_of(peft_model)
     roster.check(adapter_name)
+    model_path = model_path or getattr(roster.model, "name_or_path", None)
+    if not model_path or not os.path.exists(model_path):
+        raise UserError(f"model_path={model_path!r} is no folder or file with the base's weights")
     weights = _Weights(Path(model_path), getattr(roster.model, "base_model_prefix", ""))
     for path, host, adapter in roster.adapters(adapter_name):
         if not isinstance(adapter, Lora) or host.base.kind != "linear":

@@ -414,5 +414,7 @@ def test_replacing_factors_makes_up_for_what_a_quantized_base_lost(tmp_path: Pat
     inlay.replace_lora_weights_loftq(model, tmp_path)
     assert (output(model) - expected).norm() < 0.9 * lossy
     kept = of(model)
+    with pytest.raises(UserError, match="no folder or file"):
+        inlay.replace_lora_weights_loftq(model)
     inlay.replace_lora_weights_loftq(model, tmp_path, callback=lambda *_: False)
     assert all(torch.equal(t, kept[key]) for key, t in of(model).items())

@@ -151,6 +151,47 @@ def test_a_loop_of_ones_own_gives_what_pefts_gives(tmp_path):
     torch.testing.assert_close(output(again), output(ours.eval()), rtol=0, atol=1e-5)
 
 
+def test_under_transformers_trainer_a_callback_gives_what_it_gives_with_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Allocate(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model, **_):
+            model.base_model.update_and_allocate(state.global_step + 1)
+
+    rows = [
+        {"input_ids": list(range(i, i + 6)), "labels": list(range(i, i + 6))} for i in range(18)
+    ]
+    settings = {**SETTINGS, "total_step": STEPS}
+    theirs = peft.get_peft_model(build(llama), peft.AdaLoraConfig(**settings))
+    randomize(theirs)
+    ours = adalora(total_step=STEPS)
+    inlay.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
+    files = []
+    for model, who in ((theirs, "theirs"), (ours, "ours")):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=STEPS,
+            per_device_train_batch_size=2,
+            learning_rate=0.01,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            train_sampling_strategy="sequential",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        Trainer(model, arguments, train_dataset=rows, callbacks=[Allocate()]).train()
+        model.save_pretrained(tmp_path / who)
+        files.append(load_file(tmp_path / who / "adapter_model.safetensors"))
+    assert files[0].keys() == files[1].keys()
+    for key, wanted in files[0].items():
+        torch.testing.assert_close(files[1][key], wanted, rtol=1e-4, atol=1e-5, msg=key)
+
+
 def test_it_is_refused_where_no_adalora_trains():
     model = inlay.get_peft_model(build(llama), inlay.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(UserError, match="is for an AdaLoRA in training"):
