@@ -8,6 +8,7 @@ turns the other way round (Qiu et al., arXiv:2506.19847); PEFT's files mean thes
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Annotated, Any, Literal
 
 import torch
@@ -71,16 +72,19 @@ class Oft(Turned):
     config: OFTConfig
 
     def make(self, base: Base) -> None:
-        """Make the numbers of Q; UserError where the blocks do not fit the layer."""
+        """Make the numbers of Q; where a size does not divide the layer, the nearest that does."""
         config, self._ids = self.config, base.kind == "embedding"
         size = base.shape[0 if self._ids else 1]
         given = config.r or config.oft_block_size
-        if size % given:
-            raise UserError(
-                f"{'r' if config.r else 'oft_block_size'}={given} does not divide the {size} "
-                f"{'values' if self._ids else 'inputs'} of a layer; try {_divisor(size, given)}"
+        near = _divisor(size, given)
+        if near != given:  # as in PEFT, whose files mean that; but there nobody is told
+            name = "r" if config.r else "oft_block_size"
+            side = "values" if self._ids else "inputs"
+            warnings.warn(
+                f"{name}={given} does not divide the {size} {side} of a layer: {near} is taken",
+                stacklevel=2,
             )
-        self._size = size // config.r if config.r else config.oft_block_size
+        self._size = size // near if config.r else near
         blocks = 1 if config.block_share else size // self._size
         self.oft_R = self.parameter(blocks, self._size * (self._size - 1) // 2)
 

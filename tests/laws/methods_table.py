@@ -160,7 +160,10 @@ def laws(config: AdapterConfig) -> dict[str, Any]:
             continue
         try:
             tried[base.kind] = on_a_layer(kind, config, base, x)
-        except UserError:  # a size that the method does not take; another sample has another
+        except (
+            UserError,
+            UserWarning,
+        ):  # a size that the method does not take; another sample has another
             continue
     kinds = [k for k in KINDS if k in tried] + (["block"] if "module" in kind.on else [])
     held = {law: all(found[law] for found in tried.values()) for law in next(iter(tried.values()))}

@@ -146,7 +146,10 @@ def holds(made: str, module: nn.Module) -> bool:
         return False
     try:
         kind(config, base)
-    except UserError:  # some methods cut a layer into blocks, and say which sizes they take
+    except (
+        UserError,
+        UserWarning,
+    ):  # some methods cut a layer into blocks, and say which sizes they take
         return False
     return True
 

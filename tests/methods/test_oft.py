@@ -15,6 +15,8 @@ from inlay.core.inlaid import Adapted
 from inlay.methods.oft import Oft, OFTConfig
 from tests.methods.bases import build, llama, output, randomize, vit
 
+peft = pytest.importorskip("peft")
+
 
 def made(layer: nn.Module, **settings: Any) -> Oft:
     torch.manual_seed(3)
@@ -105,10 +107,28 @@ def test_a_kernel_of_many_places_computes_what_peft_merges(tmp_path: Path) -> No
         ({"oft_block_size": 0}, "r=0 and oft_block_size=0: give one"),
         ({"coft": True, "eps": 0.0}, "eps=0.0 must be above 0"),
         ({"num_cayley_neumann_terms": 0}, "must be a whole number from 1 to 1000"),
-        ({}, "oft_block_size=32 does not divide the 48 inputs of a layer; try 24"),
-        ({"r": 5, "oft_block_size": 0}, "r=5 does not divide the 48 inputs of a layer; try 4"),
     ],
 )
 def test_blocks_that_cannot_be_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(inlay.UserError, match=said):
         inlay.get_peft_model(build(llama), OFTConfig(target_modules=["down_proj"], **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "oft_block_size=32 does not divide the 48 inputs of a layer: 24 is taken"),
+        ({"r": 5, "oft_block_size": 0}, "r=5 does not divide the 48 inputs of a layer: 4 is taken"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_size_that_does_not_divide_is_pefts_nearest_and_is_told(
+    settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    settings = {"target_modules": ["down_proj"], **settings}
+    with pytest.warns(UserWarning, match=said):
+        ours = inlay.get_peft_model(build(llama), OFTConfig(**settings))
+    randomize(ours)
+    ours.eval().save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build(llama), tmp_path).eval()
+    torch.testing.assert_close(output(theirs), output(ours), rtol=0, atol=1e-5)
