@@ -23,6 +23,8 @@ class Base(ABC):
     kind: Kind
     module: nn.Module
     shape: tuple[int, int]
+    path: str = ""
+    """The module's path in its model, where it is known."""
 
     @abstractmethod
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:

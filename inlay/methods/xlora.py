@@ -134,7 +134,7 @@ class Classifier(Shared):
     ) -> None:
         """Make it, as PyTorch starts linear layers."""
         super().__init__()
-        self.config, self.sites = config, 0
+        self.config = config
         width, out = config.hidden_size or 1, len(config.adapters)
         if config.layerwise_scalings:
             out *= sites
@@ -208,13 +208,6 @@ class XLora(Wrap):
         """Return the classifier for the layers of `bases`."""
         return Classifier(config, len(bases), device or bases[0].device, bases[0].adapter_dtype)
 
-    def hold(self, shared: Shared) -> None:
-        """Take the classifier, and the number of this layer in it."""
-        super().hold(shared)
-        assert isinstance(shared, Classifier)
-        self._number = shared.sites
-        shared.sites += 1
-
     def beside(self, adapters: nn.ModuleDict) -> None:
         """Take note of the host's adapters, which are not this one's to save or move."""
         self._experts = (adapters,)
@@ -232,7 +225,7 @@ class XLora(Wrap):
                 f"X-LoRA weighs the tokens of {list(weights.shape[:2])}, but a layer is fed "
                 f"{list(x.shape)}: mix LoRAs of layers that see every token"
             )
-        here = weights[:, :, min(self._number, weights.shape[2] - 1)]
+        here = weights[:, :, min(self.number, weights.shape[2] - 1)]
         for n, name in enumerate(self.config.adapters):
             expert = dict(self._experts[0]).get(name)
             if isinstance(expert, Lora):

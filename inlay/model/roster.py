@@ -90,7 +90,7 @@ class Roster:
             shared = None
             if sites.adapted:
                 own = [bases[path] for path in sites.adapted]
-                shared = chosen.share(config, own, device=device)
+                shared = chosen.share(resolved, own, device=device)
             made = {
                 path: self._make(
                     kind,
@@ -124,6 +124,7 @@ class Roster:
                 "or unload() it first"
             )
         base = module.base if isinstance(module, Inlaid) else view(module)
+        base.path = path
         if base.kind not in kind.on:
             why = f": {base.reason}" if base.reason else ""
             raise UserError(
