@@ -27,7 +27,8 @@ def told(key: Key) -> str:
     from inlay.methods import method, names
 
     several = [name for name in names() if method(name).adapter is not None]
-    owners = [name for name in several if key.name in keys(name)]
+    # a method may have a field for the files alone, and refuse it
+    owners = [name for name in several if key.name in keys(name) and keys(name)[key.name].shown]
     if key.block != "adapter" or owners == several:
         return key.doc
     return f"{key.doc} [{', '.join(owners)}]"
