@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from inlay.methods.miss import MissConfig
     from inlay.methods.oft import OFTConfig
     from inlay.methods.osf import OSFConfig
+    from inlay.methods.p_tuning import PromptEncoderConfig
     from inlay.methods.peanut import PeanutConfig
     from inlay.methods.poly import PolyConfig
     from inlay.methods.prefix_tuning import PrefixTuningConfig
@@ -151,6 +152,7 @@ __all__ = [
     "PeftType",
     "PolyConfig",
     "PrefixTuningConfig",
+    "PromptEncoderConfig",
     "PromptTuningConfig",
     "PsoftConfig",
     "PveraConfig",
@@ -241,6 +243,7 @@ _MODULES = {
     "inlay.methods.psoft": ["PsoftConfig"],
     "inlay.methods.road": ["RoadConfig"],
     "inlay.methods.poly": ["PolyConfig"],
+    "inlay.methods.p_tuning": ["PromptEncoderConfig"],
     "inlay.methods.prefix_tuning": ["PrefixTuningConfig"],
     "inlay.methods.prompt_tuning": ["PromptTuningConfig"],
     "inlay.methods.shira": ["ShiraConfig"],

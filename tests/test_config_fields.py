@@ -64,6 +64,12 @@ FIELDS = {
         modules_to_save num_attention_heads num_layers num_transformer_submodules
         num_virtual_tokens peft_type peft_version prefix_projection revision task_type token_dim
     """,
+    "inlay.methods.p_tuning:PromptEncoderConfig": """
+        auto_mapping base_model_name_or_path encoder_dropout encoder_hidden_size
+        encoder_num_layers encoder_reparameterization_type inference_mode modules_to_save
+        num_attention_heads num_layers num_transformer_submodules num_virtual_tokens peft_type
+        peft_version revision task_type token_dim
+    """,
     "inlay.methods.delora:DeloraConfig": """
         auto_mapping base_model_name_or_path bias delora_lambda exclude_modules inference_mode
         init_weights lambda_pattern layers_pattern layers_to_transform module_dropout

@@ -66,6 +66,7 @@ PUBLIC = {
     "PeftType",
     "PolyConfig",
     "PrefixTuningConfig",
+    "PromptEncoderConfig",
     "PromptTuningConfig",
     "PsoftConfig",
     "RoadConfig",

@@ -206,3 +206,12 @@ def word_embeddings(model: Any) -> Any:
     """Return a model's own input embeddings, below any adapter."""
     found = model.get_input_embeddings()
     return cast(Any, getattr(found, "base_layer", found))
+
+
+def check_width(model: Any, width: int | None) -> None:
+    """Raise UserError unless virtual tokens of `width` go before the model's embeddings."""
+    own = word_embeddings(model).weight.shape[1]
+    if width != own:
+        raise UserError(
+            f"token_dim={width} is not the width of the model's embeddings, {own}: leave it out"
+        )

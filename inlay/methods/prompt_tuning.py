@@ -16,7 +16,7 @@ from inlay.core.adapter import Method
 from inlay.core.base import Base
 from inlay.core.config import PeftType, plain
 from inlay.core.errors import UserError
-from inlay.core.prompted import PromptConfig, Virtual, word_embeddings
+from inlay.core.prompted import PromptConfig, Virtual, check_width, word_embeddings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,11 +60,7 @@ class PromptTuning(Virtual):
         config = self.config
         told = config.num_virtual_tokens, config.num_transformer_submodules, config.token_dim
         count, twice, width = (n or 0 for n in told)  # `filled` has filled them in
-        if width != word_embeddings(base.module).weight.shape[1]:
-            raise UserError(
-                f"token_dim={width} is not the width of the model's embeddings, "
-                f"{word_embeddings(base.module).weight.shape[1]}: leave it out"
-            )
+        check_width(base.module, width)
         self.prompt = self.parameter(count * twice, width)
 
     @torch.no_grad()
