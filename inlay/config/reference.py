@@ -31,7 +31,9 @@ def told(key: Key) -> str:
     owners = [name for name in several if key.name in keys(name) and keys(name)[key.name].shown]
     if key.block != "adapter" or owners == several:
         return key.doc
-    return f"{key.doc} [{', '.join(owners)}]"
+    others = [name for name in several if name not in owners]
+    named = f"not {', '.join(others)}" if len(others) < len(owners) else ", ".join(owners)
+    return f"{key.doc} [{named}]"
 
 
 def to_text(width: int = 79) -> str:
