@@ -51,15 +51,17 @@ class Components:
         # the sign of a direction is free: its largest entry is positive
         v = v * v.gather(1, v.abs().argmax(1, keepdim=True)).sign()
         self.vectors, self.values = v[: self.count], s[: self.count]
-        self.shares = self.values.double().square() / self._squares.sum()
+        self.shares = self.values.to(self._squares).square() / self._squares.sum()
         if before is not None:
             same = torch.nn.functional.cosine_similarity(self.vectors, before)
             self.settled = (same >= self._tau).cpu()
 
     def _rows(self, x: Tensor) -> Tensor:
         """Return what has the directions of all inputs so far: of before, of now, of the means."""
-        n, mean = len(x), x.double().mean(0)
-        apart = x.double() - mean
+        # what MPS has not
+        kind = torch.float32 if x.device.type == "mps" else torch.float64
+        n, mean = len(x), x.to(kind).mean(0)
+        apart = x.to(kind) - mean
         squares, total = apart.square().sum(0), self._seen + n
         rows = [apart.to(x.dtype)]
         if self.vectors is not None:

@@ -52,11 +52,7 @@ class Ranks:
             raise UserError("AdaLoRA's schedule needs total_step, the steps of the whole training")
         self.config, self.total = config, config.total_step
         self.name, self._roster = name, roster
-        self.adapters = {
-            path: adapter
-            for path, _, adapter in roster.adapters(name)
-            if isinstance(adapter, AdaLora)
-        }
+        self.adapters = adapters_of(roster, name)
         self.masks: dict[str, list[bool]] = {}
         self._seen: dict[nn.Parameter, Importance] = {}
 
@@ -81,16 +77,6 @@ class Ranks:
             self._choose(self.budget(step))
         elif step > last:
             self._mask()
-
-    def penalty(self) -> Tensor:
-        """Return what the loss gets for A A^T and B^T B being far from I: mean of their norms."""
-        squares = [
-            square
-            for adapter in self.adapters.values()
-            for square in (adapter.lora_A @ adapter.lora_A.T, adapter.lora_B.T @ adapter.lora_B)
-        ]
-        apart = [(square - torch.eye(len(square)).to(square)).norm() for square in squares]
-        return self.config.orth_reg_weight * torch.stack(apart).mean()
 
     def state(self) -> dict[str, Tensor]:
         """Return by name all that is remembered from step to step."""
@@ -122,7 +108,11 @@ class Ranks:
         """
         if not self.masks:
             return
-        pattern = {f"{path}.lora_E": mask for path, mask in self.masks.items()}
+        before = self.config.rank_pattern or {}
+        pattern = {
+            f"{path}.lora_E": within(before.get(f"{path}.lora_E"), mask)
+            for path, mask in self.masks.items()
+        }
         settled = self.config.replace(rank_pattern=pattern)
         for path, adapter in self.adapters.items():
             kept = torch.tensor(self.masks[path], device=adapter.lora_E.device)
@@ -150,6 +140,11 @@ class Ranks:
                 self.adapters[path].config = own
                 for part, parameter in parts.items():
                     setattr(self.adapters[path], part, parameter)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the model's adapter of this name is still the one that was taken up."""
+        return adapters_of(self._roster, self.name) == self.adapters
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for path, adapter in self.adapters.items():
@@ -193,10 +188,33 @@ class Ranks:
             e.masked_fill_(~torch.tensor(mask, device=e.device)[:, None], 0.0)
 
 
-def in_training(roster: Roster, steps: int | None = None) -> list[Ranks]:
-    """Return the ranks of every AdaLoRA that is active and in training; steps: see `Ranks`."""
+def adapters_of(roster: Roster, name: str) -> dict[str, AdaLora]:
+    """Return by path the layers' parts of an AdaLoRA; none for another method."""
+    found = ((path, adapter) for path, _, adapter in roster.adapters(name))
+    return {path: adapter for path, adapter in found if isinstance(adapter, AdaLora)}
+
+
+def names_in_training(roster: Roster) -> list[str]:
+    """Return the names of every AdaLoRA that is active and in training."""
     return [
-        Ranks(roster, name, steps)
+        name
         for name in roster.selection.active
         if name in roster.trainable and isinstance(roster.configs[name], AdaLoraConfig)
     ]
+
+
+def penalty(roster: Roster, name: str) -> Tensor:
+    """Return what an AdaLoRA's loss gets for A A^T and B^T B being far from I: their mean norm."""
+    config, adapters = roster.configs[name], adapters_of(roster, name).values()
+    assert isinstance(config, AdaLoraConfig)
+    squares = [m for a in adapters for m in (a.lora_A @ a.lora_A.T, a.lora_B.T @ a.lora_B)]
+    apart = [(square - torch.eye(len(square)).to(square)).norm() for square in squares]
+    return config.orth_reg_weight * torch.stack(apart).mean()
+
+
+def within(before: list[bool] | None, mask: list[bool]) -> list[bool]:
+    """Return which of the first ranks are kept, where `mask` says it of those left `before`."""
+    if before is None:
+        return mask
+    left = iter(mask)
+    return [kept and next(left) for kept in before]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from inlay.core.errors import UserError
-from inlay.model.ranks import Ranks, in_training
+from inlay.model.ranks import Ranks, names_in_training, penalty
 from inlay.model.roster import Roster
 
 
@@ -49,35 +49,28 @@ class Adapted(nn.Module):
 
         After the optimizer's step and before its gradients go. `inlay train` does it by itself.
         """
-        found = self._training()
-        if not found:
+        names = names_in_training(self._roster)
+        if not names:
             raise UserError("update_and_allocate is for an AdaLoRA in training, and there is none")
-        for ranks in found:
-            ranks.update_and_allocate(global_step)
+        for name in names:
+            if self.ranks(name) is None:
+                self._ranks[name] = Ranks(self._roster, name)
+            self._ranks[name].update_and_allocate(global_step)
 
     def penalized(self, outputs: Any) -> Any:
         """Return a model's outputs, to whose loss AdaLoRA's is added in training."""
         if not self.training or not torch.is_grad_enabled():
             return outputs
         if isinstance(getattr(outputs, "loss", None), torch.Tensor):
-            for ranks in self._training():
-                if ranks.config.orth_reg_weight:
-                    outputs.loss = outputs.loss + ranks.penalty()
+            for name in names_in_training(self._roster):
+                if getattr(self._roster.configs[name], "orth_reg_weight", 0):
+                    outputs.loss = outputs.loss + penalty(self._roster, name)
         return outputs
 
     def ranks(self, name: str) -> Ranks | None:
         """Return what was chosen of adapter `name` in training, where anything was."""
-        return self._ranks.get(name)
-
-    def _training(self) -> list[Ranks]:
-        if not any(config.method == "ADALORA" for config in self._roster.configs.values()):
-            return []
-        found = in_training(self._roster)
-        for ranks in found:
-            known = self._ranks.get(ranks.name)
-            if known is None or known.adapters != ranks.adapters:
-                self._ranks[ranks.name] = ranks
-        return [self._ranks[ranks.name] for ranks in found]
+        found = self._ranks.get(name)
+        return found if found is not None and found.is_current else None
 
     def __getattr__(self, name: str) -> Any:
         """Return the model's attribute."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from inlay.core.errors import UserError
-from inlay.model.ranks import in_training
+from inlay.model.ranks import Ranks, names_in_training, penalty
 from inlay.train.distributed import add_up, rank, world
 from inlay.train.evaluate import evaluate_loss
 from inlay.train.events import Events, memory_mb
@@ -104,9 +105,14 @@ class _Run:
         self.total = config.max_steps or max(
             1, math.ceil(config.num_epochs * self.order.steps_per_epoch)
         )
-        roster = getattr(model, "roster", None)
-        self.ranks = [] if roster is None else in_training(roster, self.total)
-        penalties = [ranks.penalty for ranks in self.ranks if ranks.config.orth_reg_weight]
+        roster: Any = getattr(model, "roster", None)
+        names = [] if roster is None else names_in_training(roster)
+        self.ranks = [Ranks(roster, name, self.total) for name in names]
+        penalties = [
+            partial(penalty, roster, ranks.name)
+            for ranks in self.ranks
+            if ranks.config.orth_reg_weight
+        ]
         self.stepper = Stepper(
             model, self.parameters, objective, tokenizer, precision, config.seed, penalties
         )

@@ -192,6 +192,53 @@ def test_under_transformers_trainer_a_callback_gives_what_it_gives_with_peft(tmp
         torch.testing.assert_close(files[1][key], wanted, rtol=1e-4, atol=1e-5, msg=key)
 
 
+def test_without_a_schedule_it_trains_with_the_penalty_alone():
+    model = adalora(orth_reg_weight=0.5).train()
+    ids = torch.arange(3, 23).reshape(2, 10)
+    with_it = model(input_ids=ids, labels=ids).loss
+    without = model.eval()(input_ids=ids, labels=ids).loss
+    squares = [
+        (square - torch.eye(len(square))).norm()
+        for _, _, a in model.roster.adapters("default")
+        for square in (a.lora_A @ a.lora_A.T, a.lora_B.T @ a.lora_B)
+    ]
+    torch.testing.assert_close(with_it - without, 0.5 * torch.stack(squares).mean())
+    with pytest.raises(UserError, match="needs total_step"):
+        model.base_model.update_and_allocate(1)
+
+
+def test_ranks_are_taken_from_those_that_an_earlier_training_left(run, tmp_path):
+    first = adalora(target_r=2)
+    run(first, "first", max_steps=STEPS, learning_rate=1e-2)
+    first.save_pretrained(tmp_path / "first")
+    config = first.peft_config["default"].replace(target_r=1, total_step=None)
+    again = inlay.PeftModel.from_pretrained(
+        build(llama), tmp_path / "first", is_trainable=True, config=config
+    )
+    run(again, "again", max_steps=STEPS, learning_rate=1e-2)
+    assert sum(ranks_left(again)) == SITES
+    expected = output(again.eval())
+    again.save_pretrained(tmp_path / "again")
+    back = inlay.PeftModel.from_pretrained(build(llama), tmp_path / "again")
+    assert torch.equal(output(back), expected)
+    masks = again.peft_config["default"].rank_pattern
+    for key, mask in first.peft_config["default"].rank_pattern.items():
+        assert len(masks[key]) == SETTINGS["init_r"]
+        assert all(before or not after for before, after in zip(mask, masks[key], strict=True))
+
+
+def test_a_new_adapter_of_the_name_of_an_old_one_has_ranks_of_its_own(tmp_path):
+    model = adalora(total_step=STEPS, tinit=0)
+    ids = torch.arange(3, 23).reshape(2, 10)
+    for step in range(1, 8):
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.base_model.update_and_allocate(step)
+    model.delete_adapter("default")
+    model.add_adapter("default", inlay.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    inlay.PeftModel.from_pretrained(build(llama), tmp_path)
+
+
 def test_it_is_refused_where_no_adalora_trains():
     model = inlay.get_peft_model(build(llama), inlay.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(UserError, match="is for an AdaLoRA in training"):
