@@ -50,7 +50,7 @@ class AdaptionPromptConfig(TargetedConfig):
     """How many layers have prompts, from the top; unset = all but the two lowest."""
 
     def __post_init__(self) -> None:
-        """Check the name and the counts; UserError names the limit."""
+        """Check the name; UserError says what it is to be."""
         super().__post_init__()
         if isinstance(self.target_modules, list):  # a file has a string
             if len(self.target_modules) != 1:
@@ -59,10 +59,6 @@ class AdaptionPromptConfig(TargetedConfig):
                     "attention in each layer: leave it out"
                 )
             object.__setattr__(self, "target_modules", self.target_modules[0])
-        for name in ("adapter_len", "adapter_layers"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"{name}={value!r:.40} must be a whole number from 1")
 
     def filled(self, model: Any) -> Self:
         """Return the configuration with what is unset taken from the model's, or the paper."""

@@ -72,11 +72,9 @@ class XLoraConfig(TargetedConfig):
         super().__post_init__()
         if self.softmax_temperature <= 0:
             raise UserError(f"softmax_temperature={self.softmax_temperature} must be above 0")
-        most = self.top_k_lora
-        if most is not None and not (type(most) is int and 1 <= most <= len(self.adapters)):
+        if (self.top_k_lora or 0) > len(self.adapters):
             raise UserError(
-                f"top_k_lora={most!r} must be a whole number from 1 to the number of adapters, "
-                f"{len(self.adapters)}"
+                f"top_k_lora={self.top_k_lora}, but there are {len(self.adapters)} adapters to mix"
             )
 
     @property

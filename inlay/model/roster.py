@@ -156,6 +156,7 @@ class Roster:
         module = places.modules[path]
         if not isinstance(module, Inlaid):
             module = Inlaid(view(module), self.selection)
+            module.base.path = path
             places.put(path, module)
         self.hosts[path] = module
         return module
@@ -214,7 +215,8 @@ class Roster:
         chosen = tuple(names)
         self.check(*chosen)
         self.selection.active = chosen
-        parts = (part for name in chosen for part in self.configs[name].parts)
+        made = (self.configs[name] for name in chosen)
+        parts = (part for config in made if config.trains_parts for part in config.parts)
         self._gradients.only(self.trainable.intersection([*chosen, *parts]) if train else ())
 
     def _is_active(self, name: str) -> bool:

@@ -142,6 +142,7 @@ def test_loras_that_the_model_has_are_mixed_under_their_names() -> None:
     model.add_adapter("mix", XLoraConfig(adapters={"default": "", "law": ""}))
     assert model.active_adapters == ["law"]
     model.set_adapter("mix")
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and "lora_A" in n]
     randomize(model.eval(), 0.5)
     mixed = output(model)
     assert not torch.allclose(mixed, output(base()), atol=1e-3)
@@ -216,7 +217,8 @@ def test_an_encoder_is_mixed_too(tmp_path: Path) -> None:
         ({}, r"adapters=\{\} must name the LoRAs to mix"),
         ({"adapters": {"0": "nowhere"}}, "there is no folder nowhere"),
         ({"hidden_size": 4096}, "hidden_size=4096, but the model's is 32"),
-        ({"top_k_lora": 3}, "top_k_lora=3 must be a whole number from 1 to the number of adapters"),
+        ({"top_k_lora": 3}, "top_k_lora=3, but there are 2 adapters to mix"),
+        ({"top_k_lora": 0}, "top_k_lora=0 must be a whole number from 1"),
         ({"softmax_temperature": 0.0}, "softmax_temperature=0.0 must be above 0"),
         ({"target_modules": ["q_proj"]}, "the LoRAs that are mixed say where"),
     ],
