@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from inlay.methods.lora import LoraConfig
     from inlay.methods.miss import MissConfig
     from inlay.methods.oft import OFTConfig
+    from inlay.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
     from inlay.methods.osf import OSFConfig
     from inlay.methods.p_tuning import PromptEncoderConfig
     from inlay.methods.peanut import PeanutConfig
@@ -139,6 +140,7 @@ __all__ = [
     "LoraGAConfig",
     "MissConfig",
     "OFTConfig",
+    "MultitaskPromptTuningConfig",
     "OSFConfig",
     "PeanutConfig",
     "PeftConfig",
@@ -243,6 +245,7 @@ _MODULES = {
     "inlay.methods.psoft": ["PsoftConfig"],
     "inlay.methods.road": ["RoadConfig"],
     "inlay.methods.poly": ["PolyConfig"],
+    "inlay.methods.multitask_prompt_tuning": ["MultitaskPromptTuningConfig"],
     "inlay.methods.p_tuning": ["PromptEncoderConfig"],
     "inlay.methods.prefix_tuning": ["PrefixTuningConfig"],
     "inlay.methods.prompt_tuning": ["PromptTuningConfig"],

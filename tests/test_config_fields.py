@@ -70,6 +70,12 @@ FIELDS = {
         num_attention_heads num_layers num_transformer_submodules num_virtual_tokens peft_type
         peft_version revision task_type token_dim
     """,
+    "inlay.methods.multitask_prompt_tuning:MultitaskPromptTuningConfig": """
+        auto_mapping base_model_name_or_path inference_mode modules_to_save num_attention_heads
+        num_layers num_ranks num_tasks num_transformer_submodules num_virtual_tokens peft_type
+        peft_version prompt_tuning_init prompt_tuning_init_state_dict_path prompt_tuning_init_task
+        prompt_tuning_init_text revision task_type token_dim tokenizer_kwargs tokenizer_name_or_path
+    """,
     "inlay.methods.delora:DeloraConfig": """
         auto_mapping base_model_name_or_path bias delora_lambda exclude_modules inference_mode
         init_weights lambda_pattern layers_pattern layers_to_transform module_dropout

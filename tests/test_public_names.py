@@ -67,6 +67,7 @@ PUBLIC = {
     "PolyConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
+    "MultitaskPromptTuningConfig",
     "PromptTuningConfig",
     "PsoftConfig",
     "RoadConfig",

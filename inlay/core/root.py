@@ -138,7 +138,9 @@ class Root(Inlaid):
             missing = most - here[name].count
             shown[index, missing:] = True
             if fresh:
-                tokens = F.pad(here[name].rows(real).index_select(0, index), (0, 0, missing, 0))
+                with self.selection.alone(name, real, index):
+                    tokens = here[name].rows(real.index_select(0, index))
+                tokens = F.pad(tokens, (0, 0, missing, 0))
                 out = tokens.new_zeros(len(real), *tokens.shape[1:]) if out is None else out
                 out = out.index_copy(0, index, tokens)
         return [(first, most, out, None if bool(shown.all()) else shown)]

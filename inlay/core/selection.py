@@ -169,3 +169,20 @@ class _As:
     def __exit__(self, *error: object) -> None:
         chosen = self._selection
         chosen._active, chosen._rows, chosen._said, chosen._groups = self._before.pop()
+
+
+def task_numbers(selection: Selection | None, x: Tensor, count: int, field: str) -> Tensor:
+    """Return the task of each row of `x` [B], out of `count`; with one task, no call has to say it.
+
+    field: what the setting of the count is called, for the UserError where a call does not say it.
+    """
+    said = None if selection is None else selection.said(TASKS, x)
+    if said is None:
+        if count > 1:
+            raise UserError(f"{field}={count}: say of each row which, model(..., task_ids=[0])")
+        return torch.zeros(len(x), dtype=torch.long, device=x.device)
+    if said.ndim != 1 or said.is_floating_point() or said.min() < 0 or said.max() >= count:
+        raise UserError(
+            f"task_ids={said.tolist()!s:.80} must be one number a row, from 0 to {count - 1}"
+        )
+    return said

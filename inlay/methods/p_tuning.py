@@ -8,6 +8,7 @@ holds f(P) alone; of an encoder-decoder N = 2 V rows, as in PEFT, of which the f
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, Literal, Self
 
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class PTuning(Computed):
                 **self._made(),
             )
             sizes, layers = [2 * hidden, 2 * hidden, width], [BothWays(lstm)]
-        for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        for inputs, outputs in itertools.pairwise(sizes):
             layers += [self._linear(inputs, outputs), nn.ReLU()]
         return Network(self._inputs(width), *layers[:-1])
 

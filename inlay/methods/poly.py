@@ -17,10 +17,9 @@ from torch.distributions.relaxed_bernoulli import RelaxedBernoulli
 from inlay.core.adapter import Method, Wrap
 from inlay.core.base import Base, Kind
 from inlay.core.config import PeftType
-from inlay.core.errors import UserError
 from inlay.core.limits import Rank
 from inlay.core.numbers import check_divides
-from inlay.core.selection import TASKS
+from inlay.core.selection import task_numbers
 from inlay.core.targeted import BY_LAYER, TargetedConfig
 
 LEAST = 1e-12
@@ -89,27 +88,14 @@ class Poly(Wrap):
     def _mix(self, x: Tensor) -> Tensor:
         """Return what each row of `x` takes of the skills, [B, S, K]."""
         config = self.config
-        logits = self.module_logits[self._tasks(x)].view(len(x), config.n_splits, config.n_skills)
+        tasks = task_numbers(self.selection, x, config.n_tasks, "n_tasks")
+        logits = self.module_logits[tasks].view(len(x), config.n_splits, config.n_skills)
         if self.training:
             one = torch.ones((), device=logits.device, dtype=logits.dtype)
             taken = RelaxedBernoulli(one, logits=logits).rsample()
         else:
             taken = logits.sigmoid()
         return taken / (taken.sum(-1, keepdim=True) + LEAST)
-
-    def _tasks(self, x: Tensor) -> Tensor:
-        """Return the task of each row of `x` [B]; with one task, no call has to say it."""
-        count = self.config.n_tasks
-        said = None if self.selection is None else self.selection.said(TASKS, x)
-        if said is None:
-            if count > 1:
-                raise UserError(f"n_tasks={count}: say of each row which, model(..., task_ids=[0])")
-            return torch.zeros(len(x), dtype=torch.long, device=x.device)
-        if said.ndim != 1 or said.is_floating_point() or said.min() < 0 or said.max() >= count:
-            raise UserError(
-                f"task_ids={said.tolist()!s:.80} must be one number a row, from 0 to {count - 1}"
-            )
-        return said
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return PEFT's names: the logits are in its router."""

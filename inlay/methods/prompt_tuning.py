@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from inlay.core.adapter import Method
 from inlay.core.base import Base
-from inlay.core.config import PeftType, plain
+from inlay.core.config import PeftType
 from inlay.core.errors import UserError
 from inlay.core.prompted import PromptConfig, Virtual, check_width, word_embeddings
 
@@ -37,12 +37,7 @@ class PromptTuningConfig(PromptConfig):
     def __post_init__(self) -> None:
         """Check the start; UserError names what it lacks."""
         super().__post_init__()
-        start = str(plain(self.prompt_tuning_init))
-        if start not in ("RANDOM", "SAMPLE_VOCAB", "TEXT"):
-            raise UserError(
-                f"prompt_tuning_init={start!r} is not one of RANDOM, SAMPLE_VOCAB, TEXT"
-            )
-        object.__setattr__(self, "prompt_tuning_init", start)
+        start = self.prompt_tuning_init
         for field in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
             if start == "TEXT" and not getattr(self, field):
                 raise UserError(f"prompt_tuning_init='TEXT' needs {field}")
@@ -66,7 +61,7 @@ class PromptTuning(Virtual):
     @torch.no_grad()
     def reset(self, base: Base) -> None:
         """Start P as the configuration says."""
-        if self.config.prompt_tuning_init == "RANDOM":
+        if self.config.prompt_tuning_init not in ("SAMPLE_VOCAB", "TEXT"):
             nn.init.normal_(self.prompt)
             return
         embed = word_embeddings(base.module)
