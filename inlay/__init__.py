@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from inlay.methods.deft import DeftConfig
     from inlay.methods.delora import DeloraConfig
     from inlay.methods.fourierft import FourierFTConfig
+    from inlay.methods.frod import FrodConfig
     from inlay.methods.glora import GloraConfig
     from inlay.methods.gralora import GraloraConfig
     from inlay.methods.hira import HiraConfig
@@ -126,6 +127,7 @@ __all__ = [
     "DeloraConfig",
     "EvaConfig",
     "FourierFTConfig",
+    "FrodConfig",
     "GloraConfig",
     "GraloraConfig",
     "HRAConfig",
@@ -225,6 +227,7 @@ _MODULES = {
     "inlay.methods.c3a": ["C3AConfig"],
     "inlay.methods.deft": ["DeftConfig"],
     "inlay.methods.delora": ["DeloraConfig"],
+    "inlay.methods.frod": ["FrodConfig"],
     "inlay.methods.glora": ["GloraConfig"],
     "inlay.methods.gralora": ["GraloraConfig"],
     "inlay.methods.hira": ["HiraConfig"],

@@ -170,6 +170,12 @@ FIELDS = {
         peft_type peft_version r random_seed revision subspace_rank svd_threshold target_modules
         task_type use_dynamic_rank
     """,
+    "inlay.methods.frod:FrodConfig": """
+        auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out frod_dropout
+        inference_mode init_weights layers_pattern layers_to_transform modules_to_save peft_type
+        peft_version progressbar projection_prng_key regularization_alpha revision save_projection
+        sparse_rate target_modules task_type
+    """,
     "inlay.methods.vera:VeraConfig": """
         auto_mapping base_model_name_or_path bias d_initial exclude_modules fan_in_fan_out
         inference_mode init_weights layers_pattern layers_to_transform modules_to_save

@@ -77,6 +77,7 @@ PUBLIC = {
     "PveraConfig",
     "RandLoraConfig",
     "VeraConfig",
+    "FrodConfig",
     "AdamssConfig",
     "VBLoRAConfig",
     "XLoraConfig",

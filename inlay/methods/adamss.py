@@ -19,11 +19,7 @@ from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.limits import Count, Rank, Scale, Seed, Steps
 from inlay.core.targeted import TargetedConfig
-
-ROUNDS = 10
-"""Rounds of k-means."""
-DRAWN_BY = 123456789
-"""Seed of its first centers: PEFT's, for its files do not say which row is in which group."""
+from inlay.methods._kmeans import grouped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +163,7 @@ def _subspaces(weight: Tensor, config: AdamssConfig) -> tuple[Tensor, list[Tenso
     with torch.random.fork_rng(devices, device_type=weight.device.type):
         torch.manual_seed(config.random_seed)
         left, _, right = torch.svd_lowrank(weight, q=r, niter=2)
-    labels = _groups(left.cpu(), count).to(weight.device)
+    labels = grouped(left.cpu(), count).to(weight.device)
     rows = [group for k in range(count) if len(group := (labels == k).nonzero()[:, 0])]
     starts = []
     for group in rows:
@@ -178,48 +174,6 @@ def _subspaces(weight: Tensor, config: AdamssConfig) -> tuple[Tensor, list[Tenso
             rank = max(1, min(rank, int(shares.sum())))
         starts.append(directions[:rank])
     return right.T.contiguous(), rows, starts
-
-
-def _groups(points: Tensor, count: int) -> Tensor:
-    """Return the group [O] of each row of `points`, by k-means.
-
-    In the steps of scikit-learn's, from the same first centers, so that PEFT's files fit.
-    """
-    import numpy as np  # its generator's numbers are what the seed means
-
-    enough = 1e-4 * points.var(0, correction=0).mean()
-    points = points - points.mean(0)
-    even = np.ones(len(points), dtype=np.float32) / np.float32(len(points))
-    drawn = np.random.RandomState(DRAWN_BY).choice(len(points), count, replace=False, p=even)
-    centers = points[torch.from_numpy(drawn)]
-    labels = torch.full((len(points),), -1)
-    for _ in range(ROUNDS):
-        before, labels = labels, _nearest(points, centers)
-        moved = _means(points, labels, centers)
-        shift, centers = (moved - centers).square().sum(), moved
-        if torch.equal(labels, before):
-            return labels
-        if shift <= enough:
-            break
-    return _nearest(points, centers)
-
-
-def _nearest(points: Tensor, centers: Tensor) -> Tensor:
-    return (centers.square().sum(1) - 2 * points @ centers.T).argmin(1)
-
-
-def _means(points: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
-    """Return the mean of each group; one without a member moves to the farthest point."""
-    sums = torch.zeros_like(centers).index_add(0, labels, points)
-    counts = labels.bincount(minlength=len(centers)).to(points.dtype)
-    empty = (counts == 0).nonzero()[:, 0]
-    far = (points - centers[labels]).square().sum(1).topk(len(empty))
-    for group, point, distance in zip(empty, far.indices, far.values, strict=True):
-        if distance > 0:
-            sums[labels[point]] -= points[point]
-            counts[labels[point]] -= 1
-            sums[group], counts[group] = points[point], 1
-    return sums / counts.clamp(min=1)[:, None]
 
 
 METHOD = Method(AdamssConfig, Adamss)

@@ -139,8 +139,12 @@ class UniLora(Delta):
             self.register_buffer(f"unilora_scales_{name}", factors, persistent=kept)
 
     def complete(self, base: Base) -> None:
-        """Draw the places that no file holds."""
+        """Draw the places that no file holds; refuse those of a file that are outside of t."""
         if not self.unilora_indices_A.is_meta:
+            for name in "AB":
+                places = self.get_buffer(f"unilora_indices_{name}")
+                if not 0 <= int(places.min()) <= int(places.max()) < self.config.theta_d_length:
+                    raise UserError(f"{base.path}.unilora_indices_{name} has places outside of t")
             return
         (theta,) = self._held
         assert isinstance(theta, Theta)

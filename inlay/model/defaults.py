@@ -106,6 +106,7 @@ TARGETS_OF: Mapping[str, Mapping[str, list[str] | str]] = {
         "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
         "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
     },
+    "FROD": TARGETS | {"phi": ["q_proj", "v_proj"]},
     "VERA": TARGETS | {"phi": ["q_proj", "v_proj"]},
     "PVERA": TARGETS | {"phi": ["q_proj", "v_proj"], "dinov2": ["query", "value"]},
     "SHIRA": TARGETS | {"phi": ["q_proj", "v_proj"]},
