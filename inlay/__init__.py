@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from inlay.methods.lokr import LoKrConfig
     from inlay.methods.lora import LoraConfig
     from inlay.methods.miss import MissConfig
-    from inlay.methods.oft import OFTConfig
     from inlay.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
+    from inlay.methods.oft import OFTConfig
     from inlay.methods.osf import OSFConfig
     from inlay.methods.p_tuning import PromptEncoderConfig
     from inlay.methods.peanut import PeanutConfig
@@ -81,6 +81,7 @@ if TYPE_CHECKING:
         save_as_lora,
         set_peft_model_state_dict,
     )
+    from inlay.surface.loftq import replace_lora_weights_loftq
     from inlay.surface.peft_model import (
         PeftModel,
         PeftModelForCausalLM,
@@ -96,7 +97,6 @@ if TYPE_CHECKING:
         initialize_lora_eva_weights,
         preprocess_corda,
         preprocess_loraga,
-        replace_lora_weights_loftq,
     )
     from inlay.train.makers import (
         create_lorafa_optimizer,
@@ -141,8 +141,8 @@ __all__ = [
     "LoraConfig",
     "LoraGAConfig",
     "MissConfig",
-    "OFTConfig",
     "MultitaskPromptTuningConfig",
+    "OFTConfig",
     "OSFConfig",
     "PeanutConfig",
     "PeftConfig",
@@ -209,8 +209,8 @@ _MODULES = {
         "initialize_lora_eva_weights",
         "preprocess_corda",
         "preprocess_loraga",
-        "replace_lora_weights_loftq",
     ],
+    "inlay.surface.loftq": ["replace_lora_weights_loftq"],
     "inlay.train.makers": [
         "create_lorafa_optimizer",
         "create_loraplus_optimizer",

@@ -21,7 +21,7 @@ from inlay.checkpoint.folder import read_tensors
 from inlay.config.schema import RunConfig
 from inlay.methods._starts import EvaConfig
 from inlay.methods.lora import Lora, LoraConfig
-from inlay.model import observe
+from inlay.model import eva, observe
 from inlay.model.roster import Roster
 from inlay.model.starts import attach
 from inlay.run.folder import START
@@ -117,13 +117,13 @@ def begin(
 def _set_in(
     roster: Roster, settings: LoraConfig, layers: observe.Layers, found: dict[str, Tensor]
 ) -> None:
-    eva = settings.init_lora_weights == "eva"
-    if not eva:
+    is_eva = settings.init_lora_weights == "eva"
+    if not is_eva:
         attach(layers, observe.from_tensors(layers, settings, found))
     roster.remove(NAME)
     roster.add(NAME, settings)
-    if eva:
-        observe.start_eva(roster, NAME, {name.removesuffix(".a"): a for name, a in found.items()})
+    if is_eva:
+        eva.start_eva(roster, NAME, {name.removesuffix(".a"): a for name, a in found.items()})
 
 
 def _told(settings: LoraConfig, roster: Roster) -> str:
@@ -140,15 +140,15 @@ def _own_random_state() -> Any:
 def _eva(
     model: Any, layers: observe.Layers, settings: LoraConfig, rows: Rows, tell: Any
 ) -> dict[str, Tensor]:
-    eva = settings.eva_config
-    assert isinstance(eva, EvaConfig)
+    how = settings.eva_config
+    assert isinstance(how, EvaConfig)
 
     def pick(batch: Any) -> Callable[[str, Tensor], Tensor]:
         mask = torch.ones_like(batch.input_ids).bool()
         if batch.attention_mask is not None:
             mask = batch.attention_mask.bool()
-        if eva.use_label_mask and batch.labels.shape == mask.shape:
-            mask = mask & (batch.labels != eva.label_mask_value)
+        if how.use_label_mask and batch.labels.shape == mask.shape:
+            mask = mask & (batch.labels != how.label_mask_value)
 
         def take(_: str, x: Tensor) -> Tensor:
             # a layer that sees the last position alone has nothing to leave out
@@ -164,7 +164,7 @@ def _eva(
     def run(batch: Any) -> None:
         rows.run(model, batch)
 
-    found = observe.find_eva(layers, settings, Batches(), run, pick, tell)
+    found = eva.find_eva(layers, settings, Batches(), run, pick, tell)
     return {f"{path}.a": a for path, a in found.items()}
 
 

@@ -391,30 +391,3 @@ def test_data_that_says_nothing_is_refused() -> None:
         inlay.preprocess_loraga(base, inlay.LoraConfig(), lambda: None)
     with pytest.raises(UserError, match=r"shares out 2 \* 20 directions"):
         inits.start("lora_ga", torch.ones(30, 30), 20, 1.0, gradient=torch.ones(30, 30))
-
-
-# -- LoftQ, on a base that was quantized elsewhere
-
-
-def test_replacing_factors_makes_up_for_what_a_quantized_base_lost(tmp_path: Path) -> None:
-    from inlay.inits.loftq import rounded
-
-    whole = build(llama).eval()
-    whole.save_pretrained(tmp_path)
-    expected = output(whole)
-    base = build(llama).eval()
-    with torch.no_grad():
-        for path, module in base.named_modules():
-            if path.endswith("_proj"):
-                module.weight.copy_(rounded(module.weight, 4))
-    model = inlay.get_peft_model(
-        base, inlay.LoraConfig(r=8, lora_alpha=24, target_modules="all-linear")
-    ).eval()
-    lossy = (output(model) - expected).norm()
-    inlay.replace_lora_weights_loftq(model, tmp_path)
-    assert (output(model) - expected).norm() < 0.9 * lossy
-    kept = of(model)
-    with pytest.raises(UserError, match="no folder or file"):
-        inlay.replace_lora_weights_loftq(model)
-    inlay.replace_lora_weights_loftq(model, tmp_path, callback=lambda *_: False)
-    assert all(torch.equal(t, kept[key]) for key, t in of(model).items())

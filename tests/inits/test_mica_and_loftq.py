@@ -146,3 +146,27 @@ def test_what_loftq_cannot_be_is_refused() -> None:
             nn.Sequential(nn.Embedding(8, 8)),
             inlay.LoraConfig(target_modules=["0"], r=2, init_lora_weights="loftq"),
         )
+
+
+def test_replacing_factors_makes_up_for_what_a_quantized_base_lost(tmp_path: Path) -> None:
+    whole = build(llama).eval()
+    whole.save_pretrained(tmp_path)
+    expected = output(whole)
+    base = build(llama).eval()
+    with torch.no_grad():
+        for path, module in base.named_modules():
+            if path.endswith("_proj"):
+                module.weight.copy_(loftq.rounded(module.weight, 4))
+    model = inlay.get_peft_model(
+        base, inlay.LoraConfig(r=8, lora_alpha=24, target_modules="all-linear")
+    ).eval()
+    lossy = (output(model) - expected).norm()
+    inlay.replace_lora_weights_loftq(model, tmp_path)
+    assert (output(model) - expected).norm() < 0.9 * lossy
+    kept = {k: t.clone() for k, t in inlay.get_peft_model_state_dict(model).items()}
+    with pytest.raises(UserError, match="no folder or file"):
+        inlay.replace_lora_weights_loftq(model)
+    inlay.replace_lora_weights_loftq(model, tmp_path, callback=lambda *_: False)
+    assert all(
+        torch.equal(t, kept[key]) for key, t in inlay.get_peft_model_state_dict(model).items()
+    )
