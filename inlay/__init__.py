@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inlay.core.config import PeftType, TaskType
     from inlay.core.errors import UserError
+    from inlay.methods._lora_config import BdLoraConfig
     from inlay.methods._starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
     from inlay.methods.adalora import AdaLoraConfig
     from inlay.methods.adamss import AdamssConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from inlay.methods.boft import BOFTConfig
     from inlay.methods.bottleneck import BottleneckConfig
     from inlay.methods.c3a import C3AConfig
+    from inlay.methods.cpt import CPTConfig
     from inlay.methods.deft import DeftConfig
     from inlay.methods.delora import DeloraConfig
     from inlay.methods.fourierft import FourierFTConfig
@@ -118,10 +120,12 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BOFTConfig",
+    "BdLoraConfig",
     "BeftConfig",
     "BitfitConfig",
     "BottleneckConfig",
     "C3AConfig",
+    "CPTConfig",
     "CordaConfig",
     "DeftConfig",
     "DeloraConfig",
@@ -218,6 +222,7 @@ _MODULES = {
     ],
     "inlay.core.config": ["PeftType", "TaskType"],
     "inlay.core.errors": ["UserError"],
+    "inlay.methods._lora_config": ["BdLoraConfig"],
     "inlay.methods.adamss": ["AdamssConfig"],
     "inlay.methods.bottleneck": ["BottleneckConfig"],
     "inlay.methods.adaption_prompt": ["AdaptionPromptConfig"],
@@ -225,6 +230,7 @@ _MODULES = {
     "inlay.methods.beft": ["BeftConfig"],
     "inlay.methods.bitfit": ["BitfitConfig"],
     "inlay.methods.c3a": ["C3AConfig"],
+    "inlay.methods.cpt": ["CPTConfig"],
     "inlay.methods.deft": ["DeftConfig"],
     "inlay.methods.delora": ["DeloraConfig"],
     "inlay.methods.frod": ["FrodConfig"],

@@ -25,9 +25,12 @@ FIELDS = {
     "inlay.methods.lora:LoraConfig": """
         alpha_pattern auto_mapping base_model_name_or_path bias corda_config eva_config
         exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern
-        layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config modules_to_save
-        peft_type peft_version qalora_group_size r rank_pattern revision target_modules task_type
-        use_dora use_rslora
+        layers_to_transform loftq_config lora_alpha lora_bias lora_dropout lora_ga_config
+        modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision
+        target_modules task_type use_bdlora use_dora use_qalora use_rslora
+    """,
+    "inlay.methods._lora_config:BdLoraConfig": """
+        match_strict nblocks target_modules_bd_a target_modules_bd_b
     """,
     "inlay.methods._starts:EvaConfig": """
         adjust_scaling_factors label_mask_value rho tau use_label_mask whiten
@@ -75,6 +78,13 @@ FIELDS = {
         num_layers num_ranks num_tasks num_transformer_submodules num_virtual_tokens peft_type
         peft_version prompt_tuning_init prompt_tuning_init_state_dict_path prompt_tuning_init_task
         prompt_tuning_init_text revision task_type token_dim tokenizer_kwargs tokenizer_name_or_path
+    """,
+    "inlay.methods.cpt:CPTConfig": """
+        auto_mapping base_model_name_or_path cpt_mask cpt_token_ids cpt_tokens_type_mask
+        inference_mode modules_to_save num_attention_heads num_layers num_transformer_submodules
+        num_virtual_tokens opt_loss_decay_factor opt_projection_epsilon
+        opt_projection_format_epsilon opt_weighted_loss_type peft_type peft_version revision
+        task_type token_dim tokenizer_name_or_path
     """,
     "inlay.methods.delora:DeloraConfig": """
         auto_mapping base_model_name_or_path bias delora_lambda exclude_modules inference_mode

@@ -100,7 +100,15 @@ def test_a_site_takes_the_rank_and_alpha_of_the_first_pattern_that_names_it():
         ({"bias": "some"}, "bias='some' is not one of none, all, lora_only"),
         ({"init_lora_weights": "pizza"}, "init_lora_weights='pizza' is not one of"),
         ({"use_dora": True, "init_lora_weights": "pissa"}, "use_dora goes with the plain starts"),
-        ({"target_parameters": ["w"]}, "target_parameters=.* is not supported"),
+        ({"kasa_config": {"beta": 1}}, "kasa_config=.* is not supported: KaSA cuts"),
+        ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias do not go together"),
+        ({"lora_bias": True, "init_lora_weights": "olora"}, "lora_bias goes with the plain starts"),
+        ({"use_bdlora": {"blocks": 2}}, "use_bdlora has no 'blocks'.*nblocks"),
+        ({"use_bdlora": {"nblocks": 0}}, "nblocks=0 must be a whole number"),
+        (
+            {"use_bdlora": {"target_modules_bd_a": ["q"], "target_modules_bd_b": ["q"]}},
+            "must be two lists without a name in common",
+        ),
     ],
 )
 def test_what_lora_cannot_be_is_refused(settings, says):
