@@ -137,6 +137,10 @@ class Virtual(Wrap):
             if isinstance(call.get(name), Tensor):
                 call[name] = call[name] + count
 
+    def finish(self, output: Any) -> Any:
+        """Return what the model returns, with what the adapter has to say to it; most: nothing."""
+        return output
+
     def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse: the root of a model calls `edit`."""
         raise TypeError(f"{type(self).__name__} stands at the root of a model alone")

@@ -46,7 +46,7 @@ class Root(Inlaid):
             for part, own in hooks.items()
             for hook in own
         ]
-        self._hooks.append(cache_part(model).register_forward_hook(self._after, with_kwargs=True))
+        self._hooks += [part.register_forward_hook(self._after, with_kwargs=True) for part in hooks]
 
     @property
     def base_layer(self) -> Any:  # type: ignore[override]
@@ -80,14 +80,17 @@ class Root(Inlaid):
     def _after(
         self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        """Take the cache out of an output that was to have none: `generate` would go on with it."""
+        """Let the adapters finish an output; take out a cache that it was to have none of."""
         del args
-        given = isinstance(output, dict) and output.get("past_key_values") is not None
-        if not given or kwargs.get("use_cache") is not False:
+        here = self._here(part).values()
+        if not here or not isinstance(output, dict):
             return None
-        if not any(adapter.past for adapter in self._here(part).values()):
-            return None
-        return type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
+        for adapter in here:
+            output = adapter.finish(output)
+        unasked = kwargs.get("use_cache") is False and output.get("past_key_values") is not None
+        if unasked and any(adapter.past for adapter in here):  # `generate` would go on with it
+            output = type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
+        return output
 
     def _below(
         self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
