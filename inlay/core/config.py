@@ -49,9 +49,9 @@ class PeftType(enum.StrEnum):
     LOKR = "LOKR"
     FULL = "FULL"
     PROMPT_TUNING = "PROMPT_TUNING"
-    CPT = "CPT"
     PREFIX_TUNING = "PREFIX_TUNING"
     P_TUNING = "P_TUNING"
+    CPT = "CPT"
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
     ADAPTION_PROMPT = "ADAPTION_PROMPT"
     POLY = "POLY"
@@ -167,7 +167,7 @@ def default(field: dataclasses.Field[Any]) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Return `value` in JSON's types: enums as strings, blocks as mappings, sets as sorted lists."""
+    """Return `value` in JSON's types: enums as text, blocks as mappings, sets as sorted lists."""
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, set | frozenset):
