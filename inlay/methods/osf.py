@@ -78,9 +78,11 @@ class OSF(Delta):
         self.S = self.parameter(most - kept)
         self.V = self.parameter(most - kept, base.shape[1])
         weight = base.weight().detach().to(base.adapter_dtype)
-        if weight.is_meta:  # what a loader is to fill: only the sizes count
-            weight = torch.zeros_like(weight, device="cpu")
-        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        if weight.is_meta:  # only the sizes count
+            outputs, inputs = base.shape
+            u, s, v = (weight.new_empty(n) for n in ((outputs, most), (most,), (most, inputs)))
+        else:
+            u, s, v = torch.linalg.svd(weight, full_matrices=False)
         buffers = {"U0": u[:, kept:], "S0": s[kept:], "V0": v[kept:]}
         # where the small vectors span all that is orthogonal to the large ones, these are not kept
         buffers |= {"Uh": u[:, :kept]} if len(u) > most else {}

@@ -7,8 +7,8 @@ docs is another.
 
 from __future__ import annotations
 
+import importlib
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,11 @@ def write() -> str:
 def row(title: str, name: str, extra: dict[str, Any], base: nn.Module) -> str:
     """Return one line of the table."""
     source, equation = words(name, extra)
+    apart = getattr(settings_of_methods().get(name), "APART", None)
+    if apart:  # what a single adapter on a single layer cannot show
+        cells = [f"[{title}](methods/{name}.md)", f"`{equation}`", source]
+        cells += ["those of its parts", "no", "no", *["see the page"] * 2, "the model", "yes"]
+        return f"| {' | '.join(cells)} |"
     settings = needed(name) | extra
     found = laws(method(name).config(**small(name) | extra))
     marks = ["yes" if found[law] else "no" for law in ("merge", "unmerge", "rows", "stack")]
@@ -84,7 +89,7 @@ def words(name: str, extra: dict[str, Any]) -> tuple[str, str]:
     """Return paper and equation, as the docstring of the method's file opens with them."""
     chosen = method(name).of(method(name).config(**extra)) if extra else None
     file = chosen.__module__ if chosen else f"inlay.methods.{name}"
-    doc = sys.modules[file].__doc__ or ""
+    doc = importlib.import_module(file).__doc__ or ""
     equation = re.sub(r"^[^:]*: ", "", doc.split("\n", 1)[0])
     equation = re.split(r"\s*\([^()]*arXiv|   ", equation)[0].rstrip(" .,:")
     arxiv = re.search(r"arXiv:(\d{4}\.\d{4,5})", doc)
@@ -152,6 +157,8 @@ def laws(config: AdapterConfig) -> dict[str, Any]:
         return dict.fromkeys(("merge", "unmerge", "rows", "stack"), False) | {"kinds": ["the base"]}
     if getattr(config, "rooted", False):
         return at_the_root(config) | {"kinds": []}
+    if kind.on == {"module"}:  # a block of a model, which no sampled layer is
+        return at_the_root(config) | {"kinds": ["block"]}
     tried: dict[str, dict[str, bool]] = {}
     for name in SAMPLES:
         module, x = sampled(name)
