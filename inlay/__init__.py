@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from inlay.methods.boft import BOFTConfig
     from inlay.methods.bottleneck import BottleneckConfig
     from inlay.methods.c3a import C3AConfig
+    from inlay.methods.cartridge import CartridgeConfig
     from inlay.methods.cpt import CPTConfig
     from inlay.methods.deft import DeftConfig
     from inlay.methods.delora import DeloraConfig
@@ -84,6 +85,11 @@ if TYPE_CHECKING:
         set_peft_model_state_dict,
     )
     from inlay.surface.loftq import replace_lora_weights_loftq
+    from inlay.surface.past import (
+        compose_cartridge_adapters,
+        initialize_kv_prefix_from_past_key_values,
+        initialize_kv_prefix_from_text,
+    )
     from inlay.surface.peft_model import (
         PeftModel,
         PeftModelForCausalLM,
@@ -127,6 +133,7 @@ __all__ = [
     "C3AConfig",
     "CPTConfig",
     "CordaConfig",
+    "CartridgeConfig",
     "DeftConfig",
     "DeloraConfig",
     "EvaConfig",
@@ -179,6 +186,7 @@ __all__ = [
     "WaveFTConfig",
     "XLoraConfig",
     "__version__",
+    "compose_cartridge_adapters",
     "convert_to_lora",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
@@ -190,6 +198,8 @@ __all__ = [
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "initialize_lora_eva_weights",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
     "inject_adapter_in_model",
     "load_base",
     "prepare_model_for_compiled_hotswap",
@@ -230,6 +240,7 @@ _MODULES = {
     "inlay.methods.beft": ["BeftConfig"],
     "inlay.methods.bitfit": ["BitfitConfig"],
     "inlay.methods.c3a": ["C3AConfig"],
+    "inlay.methods.cartridge": ["CartridgeConfig"],
     "inlay.methods.cpt": ["CPTConfig"],
     "inlay.methods.deft": ["DeftConfig"],
     "inlay.methods.delora": ["DeloraConfig"],
@@ -281,6 +292,11 @@ _MODULES = {
         "inject_adapter_in_model",
         "save_as_lora",
         "set_peft_model_state_dict",
+    ],
+    "inlay.surface.past": [
+        "compose_cartridge_adapters",
+        "initialize_kv_prefix_from_past_key_values",
+        "initialize_kv_prefix_from_text",
     ],
     "inlay.surface.peft_model": [
         "get_peft_model",

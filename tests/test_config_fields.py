@@ -86,6 +86,11 @@ FIELDS = {
         opt_projection_format_epsilon opt_weighted_loss_type peft_type peft_version revision
         task_type token_dim tokenizer_name_or_path
     """,
+    "inlay.methods.cartridge:CartridgeConfig": """
+        auto_mapping base_model_name_or_path inference_mode modules_to_save num_attention_heads
+        num_frozen_tokens num_layers num_transformer_submodules num_virtual_tokens peft_type
+        peft_version revision task_type token_dim
+    """,
     "inlay.methods.delora:DeloraConfig": """
         auto_mapping base_model_name_or_path bias delora_lambda exclude_modules inference_mode
         init_weights lambda_pattern layers_pattern layers_to_transform module_dropout

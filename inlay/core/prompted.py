@@ -11,7 +11,7 @@ from abc import abstractmethod
 from typing import Any, ClassVar, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inlay.core.adapter import Wrap
 from inlay.core.base import Base, Kind
@@ -136,6 +136,15 @@ class Virtual(Wrap):
         for name in ("logits_to_keep", "start_positions", "end_positions"):
             if isinstance(call.get(name), Tensor):
                 call[name] = call[name] + count
+
+    def _put(self, name: str, value: Tensor) -> None:
+        """Copy `value` into a parameter, giving it memory where it has none yet."""
+        old = self.get_parameter(name)
+        if not old.is_meta:
+            old.data.copy_(value)
+            return
+        own = value.to(old.dtype, copy=True)
+        self.register_parameter(name, nn.Parameter(own, requires_grad=old.requires_grad))
 
     def finish(self, output: Any) -> Any:
         """Return what the model returns, with what the adapter has to say to it; most: nothing."""

@@ -4,7 +4,8 @@ Blau et al., arXiv:2410.17222.  c [V] the tokens of a context of solved examples
 embeddings, D [V, W] trained. Each token has a type: 1, 2, 3 and 4 modulo 4 are the template before
 an input, the input, the template before a label, and the label, which does not move (e = 0); e of
 the others is epsilon * sqrt(W / 2048), with one epsilon for inputs and one for templates. The loss
-is also over the context's labels; with "decay" those of an example count less the more examples come after it.
+is also over the context's labels; with "decay" those of an example count less the more examples
+come after it.
 """
 
 from __future__ import annotations
@@ -145,14 +146,8 @@ class CPT(Virtual):
     def fill(self, name: str, value: Tensor) -> None:
         """Take a moved context as one that has moved nowhere yet, as PEFT does."""
         del name
-        dtype = self.context.dtype
-        for own, content in (("context", value.to(dtype)), ("delta", torch.zeros_like(value))):
-            old = self.get_parameter(own)
-            if old.is_meta:
-                new = nn.Parameter(content.to(dtype), requires_grad=old.requires_grad)
-                self.register_parameter(own, new)
-            else:
-                old.data.copy_(content)
+        self._put("context", value)
+        self._put("delta", torch.zeros_like(value))
 
     def unsaved(self) -> dict[str, Tensor]:
         """Return the context and how far it has moved, which a file holds as a sum."""
@@ -166,7 +161,7 @@ class CPT(Virtual):
         if not torch.allclose(both["context"] + both["delta"], self.context, atol=1e-5):
             raise ValueError("their sum is another")
         for name, value in both.items():
-            self.get_parameter(name).data.copy_(value)
+            self._put(name, value)
 
     def edit(
         self,
