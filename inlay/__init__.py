@@ -14,8 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inlay.core.config import PeftType, TaskType
     from inlay.core.errors import UserError
-    from inlay.methods._lora_config import BdLoraConfig
-    from inlay.methods._starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+    from inlay.methods._starts import (
+        BdLoraConfig,
+        CordaConfig,
+        EvaConfig,
+        LoftQConfig,
+        LoraGAConfig,
+    )
     from inlay.methods.adalora import AdaLoraConfig
     from inlay.methods.adamss import AdamssConfig
     from inlay.methods.adaption_prompt import AdaptionPromptConfig
@@ -132,8 +137,8 @@ __all__ = [
     "BottleneckConfig",
     "C3AConfig",
     "CPTConfig",
-    "CordaConfig",
     "CartridgeConfig",
+    "CordaConfig",
     "DeftConfig",
     "DeloraConfig",
     "EvaConfig",
@@ -197,9 +202,9 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
-    "initialize_lora_eva_weights",
     "initialize_kv_prefix_from_past_key_values",
     "initialize_kv_prefix_from_text",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_base",
     "prepare_model_for_compiled_hotswap",
@@ -213,6 +218,7 @@ __all__ = [
 
 _MODULES = {
     "inlay.methods._starts": [
+        "BdLoraConfig",
         "CordaConfig",
         "EvaConfig",
         "LoftQConfig",
@@ -232,7 +238,6 @@ _MODULES = {
     ],
     "inlay.core.config": ["PeftType", "TaskType"],
     "inlay.core.errors": ["UserError"],
-    "inlay.methods._lora_config": ["BdLoraConfig"],
     "inlay.methods.adamss": ["AdamssConfig"],
     "inlay.methods.bottleneck": ["BottleneckConfig"],
     "inlay.methods.adaption_prompt": ["AdaptionPromptConfig"],

@@ -130,6 +130,10 @@ class Adapter(nn.Module, ABC):
         """Take note of all adapters by name of the host that this one is set into."""
         del adapters
 
+    def follow(self, other: Adapter) -> None:
+        """Take note of the adapter at another site, where this one computes with that."""
+        del other
+
     def parameter(self, *shape: int) -> nn.Parameter:
         """Return an uninitialized parameter in the adapter's dtype and on its device."""
         return nn.Parameter(torch.empty(shape, device=self._device, dtype=self._dtype))
@@ -177,6 +181,10 @@ class Adapter(nn.Module, ABC):
             for name, p in self.named_parameters()
             if not name.startswith(f"{Shared.lent_as}.")
         }
+
+    def lent(self) -> dict[str, Tensor]:
+        """Return what a file holds of a head tied to this one's embedding, by PEFT's keys there."""
+        return {}
 
     def fill(self, name: str, value: Tensor) -> None:
         """Take what a file holds by a name in `computed`, in the place of what computes it."""
@@ -387,6 +395,10 @@ class Copy(Reweight):
             return self.module(x, *args, **kwargs)
         out = self.module(*_floats((x, *args), own), **_floats(kwargs, own))
         return _floats(out, x.dtype if _is_float(x) else base.dtype)
+
+    def lent(self) -> dict[str, Tensor]:
+        """Return the copy's weight."""
+        return {"weight": self._view(self.module).weight().T}
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return the module's own parameter names, as PEFT writes them; buffers stay out."""

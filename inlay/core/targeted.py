@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
 
 from torch import nn
 
 from inlay.core import patterns
+from inlay.core.adapter import Adapter
 from inlay.core.config import AdapterConfig, plain
 from inlay.core.errors import UserError
 
 BY_LAYER = ("exclude_modules", "layers_to_transform", "layers_pattern")
 """The fields of choosing modules that PEFT has in some methods' configurations only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """An adapter that a configuration sets somewhere beside those of its method.
+
+    kind: None is the method's own. follows: the path of the site whose adapter this one computes
+    with, where it has nothing of its own.
+    """
+
+    kind: type[Adapter] | None
+    config: TargetedConfig
+    follows: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +101,13 @@ class TargetedConfig(AdapterConfig):
         """Return the target_modules meant among a model's modules by path; None: the usual."""
         del found
         return self.target_modules
+
+    def more(
+        self, model: nn.Module, adapted: Collection[str], saved: Collection[str]
+    ) -> Mapping[str, Extra]:
+        """Return by module path what is set in beside the sites found, or in their place."""
+        del model, adapted, saved
+        return {}
 
     def site_keys(self, field: str) -> patterns.Keys[Any]:
         """Return the patterns in a field of `by_site`, sorted once for all sites."""

@@ -14,7 +14,7 @@ from inlay.core.adapter import Delta
 from inlay.core.base import Base
 from inlay.core.errors import UserError
 from inlay.core.numbers import check_divides
-from inlay.methods._lora_config import BD_LISTS, BdLoraConfig
+from inlay.methods._starts import BD_LISTS, BdLoraConfig
 from inlay.methods.lora import NAMES, LoraConfig, draw
 
 

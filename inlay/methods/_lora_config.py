@@ -5,15 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
-from inlay.core import limits
+from torch import nn
+
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
 from inlay.core.limits import Dropout, Rank, Scale
-from inlay.core.targeted import TargetedConfig
-from inlay.methods._starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, nested
+from inlay.core.targeted import Extra, TargetedConfig
+from inlay.methods._starts import (
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    nested,
+)
+from inlay.methods._tied import ties
+from inlay.methods._tokens import token_rows, token_settings
 
 INITS = re.compile(
     r"gaussian|pissa|pissa_niter_\d{1,2}|olora|orthogonal|mica|loftq|eva|corda|lora_ga"
@@ -27,37 +37,6 @@ STARTS: dict[str, type[Any]] = {
 """Starts with settings of their own, which stand in `<start>_config`."""
 VARIANTS = ("use_dora", "lora_bias", "use_qalora", "use_bdlora")
 """Fields that choose another update than s B A: one of them at most."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BdLoraConfig:
-    """BD-LoRA: which factors are block-diagonal, so that each of as many devices needs one block.
-
-    A module counts by any of these strings in its path, as in PEFT.
-    """
-
-    target_modules_bd_a: list[str] | None = None
-    """Modules whose A is block-diagonal: those that a server cuts by their outputs."""
-    target_modules_bd_b: list[str] | None = None
-    """Modules whose B is block-diagonal: those that a server cuts by their inputs."""
-    nblocks: Rank = 1
-    """How many blocks there are; they divide r, and a layer's width."""
-    match_strict: bool = True
-    """Refuse a module that is in neither list; else its factors stay whole."""
-
-    def __post_init__(self) -> None:
-        """Refuse a list that is none, and a name in both."""
-        limits.check(self)
-        lists = [getattr(self, field) or [] for field in BD_LISTS]
-        named = all(isinstance(x, list) and all(isinstance(n, str) for n in x) for x in lists)
-        if not named or set(lists[0]) & set(lists[1]):
-            raise UserError(
-                f"use_bdlora: target_modules_bd_a={lists[0]} and target_modules_bd_b={lists[1]} "
-                "must be two lists without a name in common"
-            )
-
-
-BD_LISTS = ("target_modules_bd_a", "target_modules_bd_b")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +73,8 @@ class LoraConfig(TargetedConfig):
     megatron_core: str | None = "megatron.core"
     """PEFT's field for Megatron's parallel layers."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    """PEFT's field for training single token embeddings."""
+    """Ids of tokens whose rows of the input embedding train too, and those of a head tied to it; or
+    names of embeddings, or heads, with ids for each."""
     loftq_config: LoftQConfig | dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of the start "loftq": loftq_bits, loftq_iter."""
     eva_config: EvaConfig | dict[str, Any] | None = None
@@ -127,7 +107,8 @@ class LoraConfig(TargetedConfig):
     kasa_config: dict[str, Any] | None = None
     """PEFT's field for KaSA."""
     ensure_weight_tying: bool = False
-    """PEFT's switch for tied adapters on tied embeddings."""
+    """Where the embedding or the head is named in target_modules or modules_to_save, and the two
+    are one weight: adapt both by the embedding's adapter, or copy."""
 
     by_site: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
     not_yet: ClassVar[dict[str, str]] = {
@@ -146,11 +127,9 @@ class LoraConfig(TargetedConfig):
             "KaSA cuts the smallest singular values off the base itself, which other adapters "
             "share; take init_lora_weights='pissa' or 'mica'"
         ),
-        "trainable_token_indices": "not yet",
         "alora_invocation_tokens": "not yet",
         "layer_replication": "not yet",
         "target_parameters": "not yet",
-        "ensure_weight_tying": "not yet",
     }
 
     def __post_init__(self) -> None:
@@ -172,6 +151,7 @@ class LoraConfig(TargetedConfig):
                 found = {} if found is None else dataclasses.asdict(found)
             object.__setattr__(self, field, found)
         object.__setattr__(self, "use_bdlora", nested("use_bdlora", BdLoraConfig, self.use_bdlora))
+        token_settings(self.trainable_token_indices)
         chosen = [field for field in VARIANTS if getattr(self, field)]
         if len(chosen) > 1:
             raise UserError(f"{' and '.join(chosen)} do not go together: leave out all but one")
@@ -180,6 +160,8 @@ class LoraConfig(TargetedConfig):
                 f"{chosen[0]} goes with the plain starts, not with init_lora_weights="
                 f"{self.init_lora_weights!r}: leave one of them out"
             )
+        if chosen and self.ensure_weight_tying:
+            raise UserError(f"ensure_weight_tying goes with a plain LoRA, not with {chosen[0]}")
         if "_niter_" in str(self.init_lora_weights) and self.bias != "none":
             raise UserError(
                 f"bias={self.bias!r} has no place in the files of "
@@ -196,3 +178,10 @@ class LoraConfig(TargetedConfig):
     def scaling(self) -> float:
         """The factor of the update."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def more(
+        self, model: nn.Module, adapted: Collection[str], saved: Collection[str]
+    ) -> dict[str, Extra]:
+        """Return the rows of tokens, and what is tied to an embedding."""
+        found = token_rows(self, model, {*adapted, *saved})
+        return found | (ties(self, model, adapted, saved) if self.ensure_weight_tying else {})

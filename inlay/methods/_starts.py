@@ -1,4 +1,4 @@
-"""The settings of LoRA's starts that need more than a weight and a rank, as PEFT names them."""
+"""The settings in LoRA's own, as PEFT names them: of starts from more than a weight, of blocks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from inlay.core import limits
 from inlay.core.errors import UserError, nearest
-from inlay.core.limits import Scale
+from inlay.core.limits import Rank, Scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +93,37 @@ class LoftQConfig:
             raise UserError(
                 f"loftq_config: loftq_iter={self.loftq_iter!r} must be a whole number from 1 to 100"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class BdLoraConfig:
+    """BD-LoRA: which factors are block-diagonal, so that each of as many devices needs one block.
+
+    A module counts by any of these strings in its path, as in PEFT.
+    """
+
+    target_modules_bd_a: list[str] | None = None
+    """Modules whose A is block-diagonal: those that a server cuts by their outputs."""
+    target_modules_bd_b: list[str] | None = None
+    """Modules whose B is block-diagonal: those that a server cuts by their inputs."""
+    nblocks: Rank = 1
+    """How many blocks there are; they divide r, and a layer's width."""
+    match_strict: bool = True
+    """Refuse a module that is in neither list; else its factors stay whole."""
+
+    def __post_init__(self) -> None:
+        """Refuse a list that is none, and a name in both."""
+        limits.check(self)
+        lists = [getattr(self, field) or [] for field in BD_LISTS]
+        named = all(isinstance(x, list) and all(isinstance(n, str) for n in x) for x in lists)
+        if not named or set(lists[0]) & set(lists[1]):
+            raise UserError(
+                f"use_bdlora: target_modules_bd_a={lists[0]} and target_modules_bd_b={lists[1]} "
+                "must be two lists without a name in common"
+            )
+
+
+BD_LISTS = ("target_modules_bd_a", "target_modules_bd_b")
 
 
 def nested(field: str, cls: type[Any], value: Any) -> Any:

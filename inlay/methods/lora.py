@@ -78,6 +78,10 @@ class Lora(Delta):
         out = base.up(base.down(x, self.lora_A), self.lora_B)
         return (out if begun is None else out - begun) * self.config.scaling
 
+    def lent(self) -> dict[str, Tensor]:
+        """Return the factors of the transposed update, which a tied head has."""
+        return dict(zip(NAMES, (self.lora_B.T, self.lora_A.T), strict=True))
+
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return PEFT's names; a convolution's factors are convolutions in the file."""
         found = super().keys(base)

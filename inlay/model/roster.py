@@ -84,6 +84,8 @@ class Roster:
                 **dict.fromkeys(sites.saved, Copy),
                 **dict.fromkeys(sites.biased, Bias),
             }
+            extra = config.more(self.model, sites.adapted, sites.saved)
+            kinds |= {path: also.kind or chosen for path, also in extra.items()}
             bases = {
                 path: self._base(kind, path, places.modules[path]) for path, kind in kinds.items()
             }
@@ -94,13 +96,16 @@ class Roster:
             made = {
                 path: self._make(
                     kind,
-                    config.at(path),
+                    extra[path].config if path in extra else config.at(path),
                     bases[path],
                     device,
                     shared if kind is chosen else None,
                 ).train(places.modules[path].training)
                 for path, kind in kinds.items()
             }
+            for path, also in extra.items():
+                if also.follows:
+                    made[path].follow(made[also.follows])
         if not self.configs:
             self._freeze_base()
             self.selection.active = (name,)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import inlay
@@ -16,7 +18,7 @@ from inlay.core.inlaid import Inlaid
 from inlay.core.selection import Selection
 from inlay.methods import method
 from inlay.methods.lora import LoraConfig
-from tests.methods.bases import build, llama
+from tests.methods.bases import build, llama, output, randomize
 
 
 def made(layer: nn.Module, path: str = "", **settings: Any) -> Any:
@@ -97,3 +99,74 @@ def test_what_is_no_plain_lora_is_not_combined_as_one(settings):
     model.add_adapter("b", LoraConfig())
     with pytest.raises(UserError, match="default"):
         model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "c", "linear")
+
+
+def tied_llama() -> Any:
+    return llama(tie_word_embeddings=True)
+
+
+def test_a_tied_head_takes_the_gradients_of_its_embeddings_adapter():
+    config = LoraConfig(r=2, target_modules=["lm_head"], ensure_weight_tying=True)
+    model = inlay.get_peft_model(build(tied_llama), config)
+    randomize(model)
+    ids = torch.arange(3, 23).reshape(2, 10)
+    logits = model(input_ids=ids).logits
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=ids).logits, logits, rtol=0, atol=1e-5)
+    assert merged.lm_head.weight.equal(merged.model.embed_tokens.weight)
+    logits.square().mean().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert len(grads) == 2
+    assert all("embed_tokens" in name and g.abs().sum() > 0 for name, g in grads.items())
+
+
+def test_rows_of_tokens_train_beside_a_lora_and_leave_with_it():
+    base = build(tied_llama)
+    before = {name: p.clone() for name, p in base.state_dict().items()}
+    plain = output(base)
+    model = inlay.get_peft_model(base, LoraConfig(r=2, trainable_token_indices=[3, 5]))
+    randomize(model)
+    assert not torch.allclose(output(model), plain)
+    assert torch.equal(model.unload().state_dict()["lm_head.weight"], before["lm_head.weight"])
+    torch.testing.assert_close(output(base), plain)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"trainable_token_indices": [3, 3]}, "trainable_token_indices: .* names a token twice"),
+        ({"trainable_token_indices": [99]}, "token_indices names 99, and the layer has the ids 0"),
+        ({"trainable_token_indices": {"embed_token": [1]}}, "called. Did you mean .embed_tokens"),
+        (
+            {"trainable_token_indices": [1], "target_modules": ["embed_tokens"]},
+            "is in trainable_token_indices, and in target_modules or modules_to_save",
+        ),
+        (
+            {
+                "trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]},
+                "ensure_weight_tying": True,
+            },
+            "'lm_head' is adapted otherwise than the embedding",
+        ),
+        ({"ensure_weight_tying": True}, "none of model.embed_tokens, lm_head is adapted"),
+        ({"ensure_weight_tying": True, "use_dora": True}, "goes with a plain LoRA, not with use_d"),
+    ],
+)
+def test_what_tokens_and_ties_cannot_be_is_refused_and_changes_nothing(settings, says):
+    model = build(tied_llama)
+    modules = dict(model.named_modules())
+    with pytest.raises(UserError, match=says):
+        inlay.get_peft_model(model, LoraConfig(**settings))
+    assert dict(model.named_modules()) == modules
+
+
+def test_a_file_whose_tied_head_says_otherwise_than_its_embedding_is_refused(tmp_path):
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    inlay.get_peft_model(build(tied_llama), config).save_pretrained(tmp_path)
+    (tmp_path / "inlay.json").unlink()
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.lm_head.lora_A.weight"] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="'lm_head' is tied to the embedding, but the file has"):
+        inlay.PeftModel.from_pretrained(build(tied_llama), tmp_path)

@@ -1,7 +1,16 @@
 """LoRA: what the laws and the comparison with PEFT try of it."""
 
+from functools import partial
+
 from tests.methods.bases import bert, gpt2, llama, t5, vit
 
+tied = partial(llama, tie_word_embeddings=True)
+TIED_LORA = {
+    "r": 4,
+    "target_modules": ["embed_tokens", "q_proj"],
+    "ensure_weight_tying": True,
+}
+TOKENS_APART = {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [3, 60]}}
 LAWS = [
     {},
     {"bias": "lora_only", "r": 3},
@@ -42,4 +51,19 @@ PEFT = {
             },
         },
     ),
+    "tokens": (llama, {"r": 4, "trainable_token_indices": [3, 5, 60]}),
+    "tokens of an embedding and a tied head": (tied, {"trainable_token_indices": [3, 5, 60]}),
+    "tokens of a head apart": (llama, TOKENS_APART),
+    "tokens of a tied head apart": (tied, TOKENS_APART),
+    "tokens of an encoder-decoder": (t5, {"trainable_token_indices": [3, 5, 60]}),
+    "tokens of an encoder": (bert, {"trainable_token_indices": {"word_embeddings": [3, 4]}}),
+    "one LoRA on tied layers": (tied, TIED_LORA),
+    "one copy of tied layers": (
+        tied,
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
 }
+# where embedding and head are one weight, PEFT adds what is meant for each of them to it
+PEFT_DOES_NOT_MERGE = [TIED_LORA, TOKENS_APART]
+# its tied head has parameters of its own in the embedding's memory, each with steps of its own
+PEFT_COUNTS_TWICE = [TIED_LORA]
