@@ -48,24 +48,11 @@ class PastConfig(PromptConfig):
                 f"model_type {config.model_type!r} has layers with keys of different widths, which "
                 f"{self.method} does not know: {_OTHERWISE}"
             )
-        heads = next(
-            n
-            for n in (
-                getattr(own, "num_key_value_heads", None),
-                getattr(own, "decoder_attention_heads", None) if is_twofold(model) else None,
-                own.num_attention_heads,
-            )
-            if n
-        )
-        wide = next(
-            n
-            for n in (
-                getattr(own, "head_dim", None),
-                getattr(own, "d_kv", None),
-                own.hidden_size // own.num_attention_heads,
-            )
-            if n
-        )
+        heads: int = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+        if getattr(own, "multi_query", False) and not getattr(own, "new_decoder_architecture", 0):
+            heads = 1
+        told = (getattr(own, name, None) for name in ("head_dim", "d_kv"))
+        wide: int = next(filter(None, told), own.hidden_size // own.num_attention_heads)
         return super().sizes(model) | {
             "token_dim": heads * wide,
             "num_attention_heads": heads,
@@ -77,7 +64,8 @@ class PastConfig(PromptConfig):
         whole = super().filled(model)
         for name, own in self.sizes(model).items():
             told = getattr(whole, name)
-            if told != own and name != "num_transformer_submodules":
+            alone = name == "num_transformer_submodules" and told == 1
+            if told != own and not alone:
                 raise UserError(f"{name}={told} is not the model's, {own}: leave it out")
         return whole
 

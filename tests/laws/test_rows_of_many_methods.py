@@ -25,6 +25,7 @@ MORE: dict[str, dict[str, Any]] = {
     "road": {"group_size": 2},
     "delora": {"r": 2},
     "hra": {"r": 2},
+    "prefix_tuning": {"num_virtual_tokens": 3},
     "head": {"r": 2, "modules_to_save": ["lm_head"]},
 }
 
@@ -51,7 +52,7 @@ def run(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("make", [llama, bert, t5])
-@pytest.mark.parametrize("settings", [SIX, SIX | MORE], ids=["six", "eleven"])
+@pytest.mark.parametrize("settings", [SIX, SIX | MORE], ids=["six", "twelve"])
 def test_a_row_of_each_method_and_of_the_base_in_one_batch(make: Any, settings: Any) -> None:
     if make is not llama:
         settings = {k: v for k, v in settings.items() if k != "head"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 import inlay
 from inlay import LoraConfig, PrefixTuningConfig, UserError, get_peft_model
@@ -190,6 +190,7 @@ def mamba():
         (llama, {"target_modules": ["q_proj"]}, "at no layer"),
         (llama, {"token_dim": 5}, "token_dim=5 is not the model's, 16"),
         (llama, {"num_layers": 3}, "num_layers=3 is not the model's, 2"),
+        (llama, {"num_transformer_submodules": 2}, "num_transformer_submodules=2 is not"),
         (llama, {"init_weights": "ones"}, "init_weights='ones'"),
         (distilbert, {}, "DistilBertForSequenceClassification reads no past|DistilBertModel reads"),
         (mamba, {}, "reads no past keys and values"),
@@ -258,3 +259,60 @@ def test_the_trainer_trains_it(tmp_path):
     assert run is not None
     found = inlay.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter")
     assert found.peft_config["default"].num_virtual_tokens == 4
+
+
+def test_each_layer_of_a_decoder_reads_keys_and_values_of_its_own_where_it_is_told_so():
+    model, base = made(t5, num_transformer_submodules=1), build(t5)
+    parts = adapter(model).prompt_embeddings.view(3, 4, 4, -1).transpose(0, 2)
+    cache = DynamicCache()
+    for layer in range(2):
+        cache.update(*(parts[:, 2 * layer + i].expand(2, -1, -1, -1) for i in (0, 1)), layer)
+    both = EncoderDecoderCache(cache, DynamicCache())
+    meant = base(input_ids=IDS, decoder_input_ids=IDS, past_key_values=both).logits
+    torch.testing.assert_close(model(input_ids=IDS, decoder_input_ids=IDS).logits, meant)
+
+
+def bart():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 2}
+    sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 64}
+    return BartForConditionalGeneration(
+        BartConfig(encoder_layers=2, decoder_layers=3, **heads, **sizes)
+    )
+
+
+def falcon():
+    from transformers import FalconConfig, FalconForCausalLM
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "vocab_size": 64}
+    return FalconForCausalLM(FalconConfig(**sizes, multi_query=True))
+
+
+def gemma3():
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=8, sliding_window=6)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "heads", "width", "layers"),
+    [(bart, 2, 32, 3), (falcon, 1, 8, 2), (gemma3, 2, 16, 2)],
+)
+def test_it_knows_the_heads_of_the_part_that_reads_the_cache(make, heads, width, layers):
+    model = made(make)
+    config = model.peft_config["default"]
+    assert (config.num_attention_heads, config.token_dim, config.num_layers) == (
+        heads,
+        width,
+        layers,
+    )
+    start = {"decoder_start_token_id": 2} if make is bart else {}
+    given = {"attention_mask": torch.ones_like(IDS), **start, **GREEDY}
+    told = model.generate(input_ids=IDS, **given)
+    assert told.tolist() == model.generate(input_ids=IDS, use_cache=False, **given).tolist()
+    if make is bart:
+        with pytest.raises(UserError, match="takes no position_ids"):
+            model(input_ids=IDS, decoder_input_ids=IDS, adapter_names=["default", "__base__"])
