@@ -223,7 +223,13 @@ def word_embeddings(model: Any) -> Any:
 
 def check_width(model: Any, width: int | None) -> None:
     """Raise UserError unless virtual tokens of `width` go before the model's embeddings."""
-    own = word_embeddings(model).weight.shape[1]
+    embeddings = word_embeddings(model)
+    if not hasattr(embeddings, "weight"):
+        raise UserError(
+            f"{type(model).__name__} takes no tokens, so no virtual ones go before them: take a "
+            "method of layers, such as lora"
+        )
+    own = embeddings.weight.shape[1]
     if width != own:
         raise UserError(
             f"token_dim={width} is not the width of the model's embeddings, {own}: leave it out"

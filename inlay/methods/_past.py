@@ -26,6 +26,8 @@ from inlay.core.prompted import (
 )
 from inlay.methods._computed import Computed
 
+_UNLIKE = ("per_layer_config", "global_head_dim", "kv_lora_rank")
+"""Settings of models whose layers differ in the widths of keys, or keys and values do."""
 _OTHERWISE = "take prompt_tuning or p_tuning, which stand before the model's input"
 
 
@@ -43,9 +45,9 @@ class PastConfig(PromptConfig):
             )
         config = model.config
         own = config.get_text_config(decoder=True)
-        if any(own.to_dict().get(name) for name in ("per_layer_config", "global_head_dim")):
+        if any(own.to_dict().get(name) for name in _UNLIKE):
             raise UserError(
-                f"model_type {config.model_type!r} has layers with keys of different widths, which "
+                f"model_type {config.model_type!r} has keys and values of different widths, which "
                 f"{self.method} does not know: {_OTHERWISE}"
             )
         heads: int = getattr(own, "num_key_value_heads", None) or own.num_attention_heads

@@ -8,7 +8,7 @@ from torch.nn.functional import linear, relu
 
 import inlay
 from inlay import PromptEncoderConfig, UserError, get_peft_model, set_peft_model_state_dict
-from tests.methods.bases import build, llama, output
+from tests.methods.bases import build, llama, output, vit
 
 IDS = torch.arange(3, 13).reshape(2, 5)
 LSTM = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 6}
@@ -92,6 +92,11 @@ def test_a_state_dict_of_peft_is_set_as_what_it_is():
 def test_what_cannot_be_is_refused(settings, said):
     with pytest.raises(UserError, match=said):
         made(**settings)
+
+
+def test_a_model_without_tokens_is_refused():
+    with pytest.raises(UserError, match="takes no tokens"):
+        get_peft_model(build(vit), PromptEncoderConfig())
 
 
 def test_the_trainer_trains_it(tmp_path):

@@ -8,7 +8,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import inlay
 from inlay import LoraConfig, PrefixTuningConfig, UserError, get_peft_model
-from tests.methods.bases import SMALL, bert, build, gpt2, llama, output, randomize, t5
+from tests.methods.bases import SMALL, bert, build, gpt2, llama, output, randomize, t5, vit
 
 IDS = torch.arange(3, 13).reshape(2, 5)
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -177,6 +177,24 @@ def distilbert():
     return DistilBertForSequenceClassification(DistilBertConfig(**sizes))
 
 
+def deepseek():
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "first_k_dense_replace": 2}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**SMALL, **ranks, **experts))
+
+
+def hybrid():
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    layers = {"layer_types": ["linear_attention", "full_attention"], "num_experts": 2}
+    sizes = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "head_dim": 8}
+    return Qwen3NextForCausalLM(
+        Qwen3NextConfig(**SMALL, **layers, **sizes, num_key_value_heads=2, num_experts_per_tok=1)
+    )
+
+
 def mamba():
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -194,6 +212,9 @@ def mamba():
         (llama, {"init_weights": "ones"}, "init_weights='ones'"),
         (distilbert, {}, "DistilBertForSequenceClassification reads no past|DistilBertModel reads"),
         (mamba, {}, "reads no past keys and values"),
+        (vit, {}, "reads no past keys and values"),
+        (deepseek, {}, "has keys and values of different widths"),
+        (hybrid, {}, "has layers without keys and values"),
     ],
 )
 def test_what_cannot_be_is_refused(make, settings, said):
