@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from inlay.config.resolve import resolve_python
 from tests.documents import ROOT, Block, blocks, run_python, write_chats, write_labeled
 
 DOCUMENTS = [
@@ -39,6 +40,7 @@ def check(block: Block, folder: Path) -> None:
             recipe = yaml.safe_load(block.text)
             recipe["train"] = recipe.get("train", {}) | BUDGET
             (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+            resolve_python(recipe, {})  # every key is known, and every value fits it
         case "sh":
             for line in block.text.splitlines():
                 run_line(shlex.split(line, comments=True), folder)
