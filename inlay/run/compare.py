@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +19,11 @@ from typing import Any
 from inlay.checkpoint.atomic import remove_folder, write_text
 from inlay.config.given import Given
 from inlay.config.resolve import Resolved, resolve
-from inlay.config.schema import RunConfig
+from inlay.config.schema import RunConfig, flatten
 from inlay.core.errors import UserError
-from inlay.data.dataset import prepare
+from inlay.data.dataset import Prepared, prepare
+from inlay.data.settings import DataConfig
+from inlay.run.budget import steps_in
 from inlay.run.compare_view import View, Watched
 from inlay.run.comparison import Comparison, Result
 from inlay.run.contenders import Contender, changed, contenders, own_method, settings_of
@@ -87,13 +87,22 @@ class _Job:
             raise UserError(
                 "a comparison needs held-out rows; set data.eval_fraction or data.eval_path"
             )
-        given = self.resolved.origins["output_dir"] == "command line"
-        self.folder = Path(str(config.output_dir) + ("" if given else "-compare"))
+        named = self.resolved.origins["output_dir"] == "command line"
+        self.folder = Path(str(config.output_dir) + ("" if named else "-compare"))
         self.seeds = list(options.seeds) or [config.train.seed]
         self.loaded = load(config)
-        data = fitting(config.data, self.loaded.base, config.objective)
-        self.rows = prepare(data, self.loaded.tokenizer)  # refuses what no contender could train on
+        # now, so that rows which cannot be read are told before anything is trained
+        self.rows = self._prepared(config.data)
+        self.test = None
+        if options.test is not None:
+            given: dict[str, Any] = {"path": options.test, "eval_path": None, "limit": None}
+            given["eval_fraction"] = 0.0
+            self.test = self._prepared(replace(config.data, **given))
         self.results: list[Result] = []
+
+    def _prepared(self, data: DataConfig) -> Prepared:
+        fits = fitting(data, self.loaded.base, self.config.objective)
+        return prepare(fits, self.loaded.tokenizer)
 
     def go(self, listed: Sequence[Contender]) -> Comparison | None:
         """Train what is not trained yet: each rate with the first seed, then the best with all."""
@@ -113,7 +122,7 @@ class _Job:
                     return None
         if not any(result.scores for result in self.results):
             raise UserError(f"no method could be trained: {self.results[0].failed}")
-        if self.options.test:
+        if self.test is not None:
             self._test()
         comparison = self._report(listed)
         self.view.result(comparison)
@@ -141,7 +150,8 @@ class _Job:
         failed = ""
         try:
             if self.options.seconds is not None:
-                values["train.max_steps"] = self._steps(place, resolved, rate)
+                given = (one.name, self.folder, resolved, self.loaded)
+                values["train.max_steps"] = steps_in(self.options.seconds, *given)
             settings = changed(resolved, values)
         except UserError as error:
             failed = str(error)
@@ -191,49 +201,8 @@ class _Job:
             base=_numbers(evaluation["base"] or {}),
         )
 
-    def _steps(self, place: Path, resolved: Resolved, rate: float) -> int:
-        """Return the steps that fit into the seconds: those of an earlier start, or as timed."""
-        run = Run(place)
-        if run.is_run and not self.options.overwrite and run.config.train.max_steps:
-            return run.config.train.max_steps
-        known = place.parent / f".{place.name.partition('-lr')[0]}-steps"
-        if not known.exists():
-            seconds = self._seconds_a_step(resolved, rate)
-            steps = max(1, int(float(self.options.seconds or 0) / seconds))
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_text(known, f"{steps}\n")
-        return int(known.read_text())
-
-    def _seconds_a_step(self, resolved: Resolved, rate: float) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            values = {
-                "train.max_steps": 8,
-                "train.learning_rate": rate,
-                "train.logging_steps": 1,
-                "train.save_steps": None,
-                "data.eval_fraction": 0.0,
-                "data.eval_path": None,
-                "output_dir": str(Path(folder) / "timed"),
-            }
-            quiet = Watched(None, "", None)
-            run = start(
-                changed(resolved, values), report=quiet, loaded=replace(self.loaded, scores={})
-            )
-            steps = [event for event in run.events() if event["event"] == "step"][2:]
-            times = [event["tokens"] / max(event["tokens_per_s"], 1e-9) for event in steps]
-            return max(statistics.fmean(times), 1e-6)
-
     def _test(self) -> None:
         """Measure what was chosen, with every seed, on the rows kept for the end."""
-        data = replace(
-            self.config.data,
-            path=str(self.options.test),
-            eval_path=None,
-            eval_fraction=0.0,
-            limit=None,
-        )
-        data = fitting(data, self.loaded.base, self.config.objective)
-        rows = prepare(data, self.loaded.tokenizer)
         chosen = {(best.name, best.rate) for best in self._comparison([]).best()}
         for i, result in enumerate(self.results):
             if result.failed or (result.name, result.rate) not in chosen:
@@ -242,12 +211,13 @@ class _Job:
             told = json.loads(place.read_text("utf-8")) if place.exists() else {}
             if told.get("test_file") != self.options.test or "test" not in told:
                 self.view.notice(f"measuring {result.label} on {self.options.test}")
-                told |= {"test_file": self.options.test, "test": self._measure(result, rows)}
+                told |= {"test_file": self.options.test, "test": self._measure(result)}
                 write_text(place, json.dumps(told) + "\n")
             self.results[i] = replace(result, test=told["test"])
 
-    def _measure(self, result: Result, rows: Any) -> dict[str, float]:
-        run = Run(result.folder)
+    def _measure(self, result: Result) -> dict[str, float]:
+        run, rows = Run(result.folder), self.test
+        assert rows is not None
         model, tokenizer = run.load()
         config: RunConfig = run.config
         precision = choose(config.train.precision, model)
@@ -265,17 +235,18 @@ class _Job:
         return _numbers(found)
 
     def _comparison(self, order: Sequence[str]) -> Comparison:
-        plain = self.loaded.base
+        plain, config = self.loaded.base, self.config
         total = sum(parameter.numel() for parameter in plain.parameters())
         return Comparison(
-            base=str(getattr(plain, "name_or_path", "") or "a model"),
+            # of a folder its end: where it lies on this machine says nothing to a reader
+            base="/".join(Path(getattr(plain, "name_or_path", "") or "a model").parts[-2:]),
             total=total,
             held_out=len(self.rows.eval),
             train_rows=len(self.rows.train),
             results=tuple(self.results),
             settings={
                 key: value
-                for key, value in self.resolved.values.items()
+                for key, value in flatten(config).items()
                 if self.resolved.origins[key] != "default" and key != "output_dir"
             },
             seconds=self.options.seconds,

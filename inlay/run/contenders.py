@@ -9,7 +9,7 @@ from typing import Any
 from inlay.config.aliases import rename
 from inlay.config.given import Given
 from inlay.config.resolve import Resolved, resolve
-from inlay.config.schema import BLOCKS, adapter_config, keys, objective_name
+from inlay.config.schema import BLOCKS, adapter_config, flatten, keys, objective_name
 from inlay.core.errors import UserError, nearest
 from inlay.methods import method as find
 from inlay.methods import names
@@ -120,17 +120,11 @@ def changed(resolved: Resolved, values: Mapping[str, Any]) -> Resolved:
     """Return `resolved` with other values by dotted key."""
     layers = [
         Given(key, value, resolved.origins[key])
-        for key, value in _flat(resolved).items()
+        for key, value in flatten(resolved.config).items()
         if key in values or resolved.origins[key] != "default"
     ]
     again = resolve(layers, [Given(key, value, ORIGIN) for key, value in values.items()])
     return dataclasses.replace(again, notices=resolved.notices)
-
-
-def _flat(resolved: Resolved) -> dict[str, Any]:
-    from inlay.config.schema import flatten
-
-    return flatten(resolved.config)
 
 
 def _set(word: str, known: Mapping[str, Contender]) -> Given:

@@ -105,6 +105,9 @@ def test_a_budget_of_seconds_gives_each_its_steps(inlay, recipe):
     assert all(count >= 1 for count in steps)
     assert inlay("compare", recipe, "--methods", "lora,ln_tuning", "--seconds", "0.5")[0] == 0
     assert [result["steps"] for result in report("runs/shop-compare")["results"]] == steps
+    code, _, errors = inlay("compare", recipe, "--methods", "lora,ia3", "--seconds", "2")
+    assert code == 2
+    assert "train.max_steps was" in errors
 
 
 def test_a_method_that_the_model_cannot_take_is_told_and_the_others_go_on(inlay, recipe):
@@ -127,6 +130,7 @@ def test_a_method_that_the_model_cannot_take_is_told_and_the_others_go_on(inlay,
         ("recipe.yaml --methods lora,ia3 --seconds 0", "--seconds is 0"),
         ("recipe.yaml --methods lora,ia3 --data.eval_fraction 0", "needs held-out rows"),
         ("recipe.yaml --methods lora,ia3 --methods full", "--methods is given twice"),
+        ("recipe.yaml --methods lora,ia3 --test nope.jsonl", "nope.jsonl: no such file"),
         ("recipe.yaml --methods lora,ia3 --train.epoch 3", "'--train.epoch'"),
     ],
 )
