@@ -1,13 +1,13 @@
 """Trainable tokens: the rows T of some tokens in place of the embedding's.   T [N, dim].
 
 Of W [dim, vocab] the columns of the N tokens are exchanged; of an output head [vocab, dim], where
-one is named, its rows.  For words that are new to a model: all else in it stays.
+one is named or tied to the embedding, its rows.  For words that are new to a model: all else stays.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from contextlib import suppress
+from collections.abc import Collection
 from typing import ClassVar, Self
 
 import torch
@@ -18,7 +18,9 @@ from inlay.core.base import Base
 from inlay.core.config import PeftType
 from inlay.core.errors import UserError
 from inlay.core.numbers import check_whole
-from inlay.core.targeted import BY_LAYER, TargetedConfig
+from inlay.core.targeted import BY_LAYER, Extra, TargetedConfig
+from inlay.core.tied import Tied
+from inlay.methods._tied import embedding, tied_to
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,20 +52,24 @@ class TrainableTokensConfig(TargetedConfig):
 
     def filled(self, model: nn.Module) -> Self:
         """Return the settings with the model's input embedding, where no module is named."""
-        ends: dict[str, nn.Module | None] = {"input": None, "output": None}
-        for end in ends:
-            with suppress(AttributeError, NotImplementedError):  # not every model has one of each
-                ends[end] = getattr(model, f"get_{end}_embeddings")()
-        first, last = (getattr(module, "weight", None) for module in ends.values())
-        if first is not None and first is last:
-            raise UserError(
-                "the head of this model is tied to its embedding, so the tokens' rows would have "
-                "to change in both, which is not supported: train with LoRA, or untie them"
-            )
-        if self.target_modules is not None:
-            return self
-        paths = (path for path, module in model.named_modules() if module is ends["input"])
-        return self.replace(target_modules=next(paths, "embed_tokens"))
+        return self if self.target_modules is not None else self.replace(target_modules=_own(model))
+
+    def more(
+        self, model: nn.Module, adapted: Collection[str], saved: Collection[str]
+    ) -> dict[str, Extra]:
+        """Return the layers tied to the input embedding, which follow it where it is adapted."""
+        del saved
+        first = _own(model)
+        tied = tied_to(model) if first in adapted else []
+        return {path: Extra(Tied, self, follows=first) for path in tied}
+
+
+def _own(model: nn.Module) -> str:
+    """Return the path of the input embedding; of a model that names none, the usual one."""
+    try:
+        return embedding(model)
+    except UserError:
+        return "embed_tokens"
 
 
 class TrainableTokens(Reweight):
@@ -91,6 +97,10 @@ class TrainableTokens(Reweight):
         # also where the parameters have no memory yet: no file holds it
         index = torch.tensor(tokens, device=base.device)
         self.register_buffer("index", index, persistent=False)
+
+    def lent(self) -> dict[str, Tensor]:
+        """Return T, which PEFT writes once more under a head that is tied."""
+        return {"trainable_tokens_delta": self.trainable_tokens_delta.detach()}
 
     def reset(self, base: Base) -> None:
         """Start from the base's rows."""

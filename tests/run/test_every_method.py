@@ -18,7 +18,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 REFUSED = {
     "bitfit": "no layer of this LlamaForCausalLM has a bias",
     "xlora": "must name the LoRAs to mix",
-    "trainable_tokens": "the head of this model is tied to its embedding",
 }
 """The methods that no recipe can train on this base -> what the error says."""
 
