@@ -8,16 +8,13 @@ from __future__ import annotations
 import math
 from typing import TypeGuard, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from inlay.core.base import Layer, store
 from inlay.core.errors import UserError
-
-PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes in which a weight is what it says; narrower floats come with scales kept elsewhere."""
+from inlay.core.raw import PLAIN
 
 
 class Linear(Layer):

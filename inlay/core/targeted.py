@@ -102,6 +102,11 @@ class TargetedConfig(AdapterConfig):
         del found
         return self.target_modules
 
+    def parameters(self, found: Mapping[str, nn.Module]) -> Collection[str]:
+        """Return the paths of the parameters adapted that are in no layer, of modules by path."""
+        del found
+        return ()
+
     def more(
         self, model: nn.Module, adapted: Collection[str], saved: Collection[str]
     ) -> Mapping[str, Extra]:

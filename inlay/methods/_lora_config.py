@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from inlay.core.config import PeftType
-from inlay.core.errors import UserError
 from inlay.core.limits import Dropout, Rank, Scale
+from inlay.core.raw import named
 from inlay.core.targeted import Extra, TargetedConfig
+from inlay.methods._lora_checks import check_together
 from inlay.methods._starts import (
     BdLoraConfig,
     CordaConfig,
@@ -22,12 +22,9 @@ from inlay.methods._starts import (
     LoraGAConfig,
     nested,
 )
-from inlay.methods._tied import ties
+from inlay.methods._tied import paths, ties
 from inlay.methods._tokens import token_rows, token_settings
 
-INITS = re.compile(
-    r"gaussian|pissa|pissa_niter_\d{1,2}|olora|orthogonal|mica|loftq|eva|corda|lora_ga"
-)
 STARTS: dict[str, type[Any]] = {
     "eva": EvaConfig,
     "corda": CordaConfig,
@@ -35,8 +32,6 @@ STARTS: dict[str, type[Any]] = {
     "loftq": LoftQConfig,
 }
 """Starts with settings of their own, which stand in `<start>_config`."""
-VARIANTS = ("use_dora", "lora_bias", "use_qalora", "use_bdlora")
-"""Fields that choose another update than s B A: one of them at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +93,8 @@ class LoraConfig(TargetedConfig):
     lora_bias: bool = False
     """Train a bias with B, scaled as the update is."""
     target_parameters: list[str] | None = None
-    """PEFT's field for raw parameters (mixture-of-experts weights)."""
+    """Names, or path ends, of parameters to adapt that are in no layer of their own: a mixture's
+    experts. Without target_modules, these alone."""
     use_bdlora: BdLoraConfig | dict[str, Any] | None = None
     """Make one factor block-diagonal (BD-LoRA): target_modules_bd_a, target_modules_bd_b, nblocks,
     match_strict."""
@@ -129,20 +125,11 @@ class LoraConfig(TargetedConfig):
         ),
         "alora_invocation_tokens": "not yet",
         "layer_replication": "not yet",
-        "target_parameters": "not yet",
     }
 
     def __post_init__(self) -> None:
         """Refuse ranks, scales and switches that cannot be."""
         super().__post_init__()
-        if not isinstance(self.init_lora_weights, bool) and not INITS.fullmatch(
-            str(self.init_lora_weights)
-        ):
-            raise UserError(
-                f"init_lora_weights={self.init_lora_weights!r} is not one of true, false, "
-                "gaussian, pissa, pissa_niter_4, olora, orthogonal, mica, loftq, eva, corda, "
-                "lora_ga"
-            )
         for init, cls in STARTS.items():
             field = f"{init}_config"
             given = getattr(self, field) or ({} if self.init_lora_weights == init else None)
@@ -152,21 +139,7 @@ class LoraConfig(TargetedConfig):
             object.__setattr__(self, field, found)
         object.__setattr__(self, "use_bdlora", nested("use_bdlora", BdLoraConfig, self.use_bdlora))
         token_settings(self.trainable_token_indices)
-        chosen = [field for field in VARIANTS if getattr(self, field)]
-        if len(chosen) > 1:
-            raise UserError(f"{' and '.join(chosen)} do not go together: leave out all but one")
-        if chosen and self.start is not None:
-            raise UserError(
-                f"{chosen[0]} goes with the plain starts, not with init_lora_weights="
-                f"{self.init_lora_weights!r}: leave one of them out"
-            )
-        if chosen and self.ensure_weight_tying:
-            raise UserError(f"ensure_weight_tying goes with a plain LoRA, not with {chosen[0]}")
-        if "_niter_" in str(self.init_lora_weights) and self.bias != "none":
-            raise UserError(
-                f"bias={self.bias!r} has no place in the files of "
-                f"init_lora_weights={self.init_lora_weights!r}: take 'pissa' itself"
-            )
+        check_together(self)
 
     @property
     def start(self) -> str | None:
@@ -182,6 +155,23 @@ class LoraConfig(TargetedConfig):
     def more(
         self, model: nn.Module, adapted: Collection[str], saved: Collection[str]
     ) -> dict[str, Extra]:
-        """Return the rows of tokens, and what is tied to an embedding."""
-        found = token_rows(self, model, {*adapted, *saved})
-        return found | (ties(self, model, adapted, saved) if self.ensure_weight_tying else {})
+        """Return the rows of tokens, what is tied to an embedding, and raw parameters."""
+        taken = {*adapted, *saved}
+        found = token_rows(self, model, taken)
+        if self.ensure_weight_tying:
+            found |= ties(self, model, adapted, saved)
+        if self.target_parameters:
+            from inlay.methods._parameters import parameter_sites  # which is of this one's adapter
+
+            found |= parameter_sites(self, paths(model), {*taken, *found})
+        return found
+
+    def wanted(self, found: Mapping[str, nn.Module]) -> list[str] | str | None:
+        """Return the target_modules; none where there are target_parameters alone."""
+        del found
+        alone = self.target_modules is None and self.target_parameters
+        return [] if alone else self.target_modules
+
+    def parameters(self, found: Mapping[str, nn.Module]) -> list[str]:
+        """Return the paths of the raw parameters that are adapted."""
+        return named("target_parameters", self.target_parameters or (), found)

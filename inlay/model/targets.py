@@ -69,11 +69,12 @@ def resolve(model: nn.Module, config: TargetedConfig, *, strict: bool = True) ->
         adapted = _adapted(model, config, wanted, found, saved)
         if strict and isinstance(config.exclude_modules, str):
             _excludes_something(config.exclude_modules, found)
-    if not adapted and (wanted or not saved):
+    raw = list(config.parameters(found))
+    if not adapted and (wanted or not (saved or raw)):
         raise UserError(_nothing(wanted, config, found))
     if strict:
         with patterns.budget():
-            _all_applied(config, found, adapted)
+            _all_applied(config, found, [*adapted, *raw])
     for path in (*adapted, *saved):
         _reachable(found, path)
     biased = _biased(found, {*adapted, *saved}) if trains_all_biases(config) else ()
@@ -237,7 +238,7 @@ def _all_applied(config: TargetedConfig, found: dict[str, nn.Module], adapted: l
         if unused:
             raise UserError(
                 f"{field} names {_listed(unused)}, which is the end of no adapted module's path."
-                f"{_hint(unused[0], {path: found[path] for path in adapted})}"
+                f"{_hint(unused[0], dict.fromkeys(adapted, nn.Module()))}"
             )
 
 

@@ -283,7 +283,7 @@ BROKEN = {
     '{"peft_type": "LORA", "lora_alpha": [1]}': r"lora_alpha=\[1\] does not fit",
     '{"peft_type": "LORA", "target_modules": {"a": 1}}': "target_modules={'a': 1}",
     '{"peft_type": "LORA", "use_telepathy": true}': "use_telepathy=True, which this version",
-    '{"peft_type": "LORA", "use_qalora": true}': "use_qalora=True is not supported",
+    '{"peft_type": "LORA", "velora_config": {"r": 1}}': "velora_config=.* is not supported",
     '{"a": ' + "[" * 50_000 + "]" * 50_000 + "}": "cannot be read|is missing|no peft_type",
     " " * (5 << 20): "are the limit",
 }

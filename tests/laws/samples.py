@@ -21,6 +21,7 @@ from inlay.core.adapter import Adapter, Bias, Copy, Reweight, Wrap
 from inlay.core.base import Base
 from inlay.core.errors import UserError
 from inlay.methods import method, names
+from inlay.methods._parameters import ParameterLora
 from inlay.methods.lora import LoraConfig
 from tests.methods.bases import settings_of_methods
 
@@ -41,6 +42,22 @@ def gemma_norm() -> nn.Module:
     from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
     return Gemma2RMSNorm(6)
+
+
+class Mixture(nn.Module):
+    """Matrices in no layer: a router [E, I] and a stack [E, O, I], which it mixes by that."""
+
+    def __init__(self, *, is_transposed: bool = False) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.router = nn.Parameter(torch.empty(3, 6))
+        self.experts = nn.Parameter(torch.empty(3, 6, 5) if is_transposed else torch.empty(3, 5, 6))
+        self.bias = nn.Parameter(torch.empty(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        experts = self.experts.mT if self.is_transposed else self.experts
+        weights = (x @ self.router.T).softmax(-1)
+        return torch.einsum("...e,eoi,...i->...o", weights, experts, x) + self.bias
 
 
 def floats(*shape: int) -> torch.Tensor:
@@ -89,6 +106,8 @@ SAMPLES: dict[str, Sample] = {
     "LayerNorm without bias": lambda: (nn.LayerNorm(6, bias=False), floats(3, 4, 6)),
     "RMSNorm": lambda: (nn.RMSNorm(6), floats(3, 4, 6)),
     "Gemma's RMSNorm": lambda: (gemma_norm(), floats(3, 4, 6)),
+    "mixture": lambda: (Mixture(), floats(3, 4, 6)),
+    "mixture the other way round": lambda: (Mixture(is_transposed=True), floats(3, 4, 6)),
     "GroupNorm": lambda: (nn.GroupNorm(2, 6), floats(3, 6, 4, 5)),
     **{
         name: sample
@@ -124,6 +143,11 @@ MADE: dict[str, tuple[type[Adapter], Any]] = {
         for setting in SETTINGS.get(name, [{}])
         for config in [method(name).config(**setting)]
     },
+    "lora on parameters": (
+        ParameterLora,
+        LoraConfig(r=2, target_parameters=["experts", "router"], alpha_pattern={"router": 3}),
+    ),
+    "lora on one parameter": (ParameterLora, LoraConfig(r=2, target_parameters=["experts"])),
     "no more than a meaning": (Scale, LoraConfig()),
     "bias": (Bias, LoraConfig(bias="all")),
     "copy": (Copy, LoraConfig()),

@@ -50,6 +50,23 @@ def t5() -> Any:
     )
 
 
+EXPERTS = {**SMALL, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+
+
+def mixtral() -> Any:
+    """Return a decoder whose MLPs are mixtures of three experts, in stacks [E, O, I]."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig(**EXPERTS, num_local_experts=3))
+
+
+def gpt_oss() -> Any:
+    """Return a decoder of mixtures whose stacks are [E, I, O], with biases."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    return GptOssForCausalLM(GptOssConfig(**EXPERTS, head_dim=8, num_local_experts=3))
+
+
 def vit() -> Any:
     """Return a vision encoder whose patches are a Conv2d named `projection`."""
     from transformers import ViTConfig, ViTForImageClassification

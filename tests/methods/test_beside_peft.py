@@ -25,6 +25,8 @@ peft = pytest.importorskip("peft")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),  # PEFT's, of its own saving and loading
+    # PEFT's too, though it heeds the key: it looks for it among the modules alone
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
 ]
 FILE = "adapter_model.safetensors"

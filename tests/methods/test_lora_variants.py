@@ -18,6 +18,7 @@ from inlay.core.inlaid import Inlaid
 from inlay.core.selection import Selection
 from inlay.methods import method
 from inlay.methods.lora import LoraConfig
+from tests.laws.samples import Mixture
 from tests.methods.bases import build, llama, output, randomize
 
 
@@ -170,3 +171,61 @@ def test_a_file_whose_tied_head_says_otherwise_than_its_embedding_is_refused(tmp
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match="'lm_head' is tied to the embedding, but the file has"):
         inlay.PeftModel.from_pretrained(build(tied_llama), tmp_path)
+
+
+def mixture() -> Any:
+    model = nn.Sequential(Mixture(), nn.Linear(5, 5, bias=False))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model
+
+
+def test_several_parameters_of_one_module_have_ranks_of_their_own_and_leave_the_base_as_it_was():
+    model, x = mixture(), torch.randn(2, 6)
+    before, plain = {n: p.clone() for n, p in model.named_parameters()}, model(x)
+    config = LoraConfig(
+        r=2, target_parameters=["experts", "0.router", "1.weight"], rank_pattern={"experts": 1}
+    )
+    adapted = inlay.get_peft_model(model, config)
+    torch.testing.assert_close(adapted(x), plain)
+    shapes = {
+        n.rpartition(".")[2]: tuple(p.shape) for n, p in adapted.named_parameters() if "lora" in n
+    }
+    assert shapes == {
+        "router_lora_A": (2, 6),
+        "router_lora_B": (3, 2),
+        "experts_lora_A": (3, 6),
+        "experts_lora_B": (5, 3),
+        "lora_A": (2, 5),
+        "lora_B": (5, 2),
+    }
+    randomize(adapted)
+    out = adapted(x)
+    assert not torch.allclose(out, plain)
+    adapted.merge_adapter()
+    torch.testing.assert_close(adapted(x), out)
+    adapted.unmerge_adapter()
+    adapted.unload()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"target_parameters": ["expert"]}, "called. Did you mean .experts"),
+        ({"target_parameters": ["0.bias"]}, r"'0.bias' is a \[5\] of a Mixture"),
+        ({"target_parameters": ["experts"], "lora_dropout": 0.1}, "alone, not with lora_dropout"),
+        ({"target_parameters": ["experts"], "use_dora": True}, "alone, not with use_dora"),
+        (
+            {"target_parameters": ["1.weight"], "target_modules": ["1"]},
+            "'1' is in target_modules and '1.weight' in target_parameters too",
+        ),
+        (
+            {"target_parameters": ["experts"], "rank_pattern": {"expert": 1}},
+            "rank_pattern names 'expert', which is the end of no adapted",
+        ),
+    ],
+)
+def test_what_raw_parameters_cannot_be_is_refused(settings, says):
+    with pytest.raises(UserError, match=says):
+        inlay.get_peft_model(mixture(), LoraConfig(**settings))

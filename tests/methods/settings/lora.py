@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from tests.methods.bases import bert, gpt2, llama, t5, vit
+from tests.methods.bases import bert, gpt2, gpt_oss, llama, mixtral, t5, vit
 
 tied = partial(llama, tie_word_embeddings=True)
 TIED_LORA = {
@@ -61,6 +61,20 @@ PEFT = {
     "one copy of tied layers": (
         tied,
         {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "experts": (mixtral, {"r": 2, "target_parameters": ["gate_up_proj", "experts.down_proj"]}),
+    "experts and layers": (
+        mixtral,
+        {
+            "r": 2,
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.down_proj", "gate.weight", "k_proj.weight"],
+            "rank_pattern": {"experts.down_proj": 3},
+        },
+    ),
+    "experts the other way round": (
+        gpt_oss,
+        {"r": 2, "lora_alpha": 3, "target_parameters": ["gate_up_proj", "down_proj"]},
     ),
 }
 # where embedding and head are one weight, PEFT adds what is meant for each of them to it
