@@ -370,7 +370,7 @@ class Copy(Reweight):
         """Copy the module as it is now, without adapters; it never shares memory with the base."""
         assert isinstance(base, Layer)
         self.module = bare_copy(base.module)
-        self._view = type(base)
+        self._view = base.unpacked
         for parameter in self.module.parameters():
             # a copy of a half-precision head is trained, so it gets the adapters' precision
             if parameter.is_floating_point() and parameter.dtype.itemsize < 4:

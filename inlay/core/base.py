@@ -110,6 +110,15 @@ class Layer(Base):
         changed.
         """
 
+    @property
+    def unpacked(self) -> type[Layer]:
+        """The view of this layer's module once its weight stands in plain numbers."""
+        return type(self)
+
+    def settled(self) -> nn.Module:
+        """Return the plain module that stays here, once what was stored is stored for good."""
+        return self.module
+
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what the module computes."""
         return self.module(x, *args, **kwargs)
@@ -130,13 +139,31 @@ class Host(nn.Module):
     base_layer: nn.Module
 
 
+class PackedModule(nn.Module, ABC):
+    """A layer whose frozen weight is kept in buffers, in fewer bits than it computes with."""
+
+    @property
+    @abstractmethod
+    def numel(self) -> int:
+        """How many values the packed weight has."""
+
+    @abstractmethod
+    def unpacked(self) -> nn.Module:
+        """Return the plain layer of the same numbers, with new parameters that do not train."""
+
+
 def bare_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of `module` as before any adapter: hosts inside give way to their layers."""
+    """Return a copy of `module` as before any adapter: hosts inside give way to their layers.
+
+    A packed weight is copied as plain numbers, for a copy is there to be trained.
+    """
     copies: dict[int, Any] = {}
     for inner in reversed(
         list(module.modules())
     ):  # the deepest first, so that each finds its own inside
-        if isinstance(inner, Host):
+        if isinstance(inner, PackedModule):
+            copies[id(inner)] = inner.unpacked()
+        elif isinstance(inner, Host):
             copies[id(inner)] = copy.deepcopy(inner.base_layer, copies)
     return copy.deepcopy(module, copies)
 

@@ -221,9 +221,8 @@ class Inlaid(Host):
         """Return the plain module that stands here once the named adapters are merged for good."""
         top = self._last(names)
         if not isinstance(top, Copy):
-            return self.base_layer
-        dtype = next((p.dtype for p in self.base_layer.parameters()), None)
-        return top.module.to(dtype)
+            return self.base.settled()
+        return top.module.to(self.base.dtype)
 
     def __getattr__(self, name: str) -> Any:
         """Return the base layer's attribute: model code asks its layers for `in_features`."""

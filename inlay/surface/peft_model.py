@@ -445,4 +445,4 @@ def get_peft_model(
 def _follow_base(roster: Roster, name: str) -> None:
     """Give the adapter the dtype of the layers it is set into."""
     for _, host, adapter in roster.adapters(name):
-        adapter.to(next((p.dtype for p in host.base_layer.parameters()), torch.float32))
+        adapter.to(host.base.dtype)
