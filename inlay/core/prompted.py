@@ -115,7 +115,6 @@ class Virtual(Wrap):
         virtual: the tokens [B, V, D] where they are yet to be seen; None: a cache holds them, and
         only mask and positions count them. shown [B, V]: which of them a row has, None: all.
         """
-        del shown
         given: Any = call.get("inputs_embeds")
         real: Any = call.get("input_ids") if given is None else given
         cache = call.get("past_key_values")
@@ -125,8 +124,8 @@ class Virtual(Wrap):
             embedded = model.get_input_embeddings()(real) if given is None else given
             call["input_ids"] = None
             call["inputs_embeds"] = torch.cat([virtual.to(embedded), embedded], 1)
-        widen_mask(call, count, held + real.shape[1] + (count if fresh else 0))
-        shift_positions(call, count, fresh)
+        widen_mask(call, count, held + real.shape[1] + (count if fresh else 0), shown)
+        shift_positions(call, count, fresh, shown)
         if not fresh:
             return
         for name, fill in (("token_type_ids", 0), ("labels", -100)):
@@ -174,8 +173,11 @@ def widen_mask(call: dict[str, Any], count: int, whole: int, shown: Tensor | Non
         call["attention_mask"] = torch.cat([more, mask], 1)
 
 
-def shift_positions(call: dict[str, Any], shift: Any, fresh: bool) -> None:
-    """Count a call's positions on by `shift`; where `fresh`, those of the tokens before join."""
+def shift_positions(
+    call: dict[str, Any], count: int, fresh: bool, shown: Tensor | None = None
+) -> None:
+    """Count a call's positions on by the virtual tokens of each row; where `fresh`, theirs join."""
+    shift: Any = count if shown is None else shown.sum(1, keepdim=True)
     for name in ("position_ids", "cache_position"):
         value = call.get(name)
         if value is None:
@@ -188,9 +190,33 @@ def shift_positions(call: dict[str, Any], shift: Any, fresh: bool) -> None:
             )
         value = value + shift
         if fresh:
-            first = torch.arange(shift, device=value.device, dtype=value.dtype)
-            value = torch.cat([first.expand(*value.shape[:-1], shift), value], -1)
+            first = torch.arange(count, device=value.device, dtype=value.dtype)
+            if shown is not None:
+                first = (shown.cumsum(1) - 1).clamp(min=0).to(value.dtype)
+            value = torch.cat([first.expand(*value.shape[:-1], count), value], -1)
         call[name] = value
+
+
+def spell_out(part: Any, call: dict[str, Any], past: int) -> None:
+    """Give a call the mask and positions that it leaves to the model, `past` tokens being cached.
+
+    Rows with virtual tokens of their own need them; UserError where a model takes no positions.
+    """
+    given: Any = call.get("inputs_embeds")
+    real: Any = call.get("input_ids") if given is None else given
+    rows, width = real.shape[:2]
+    if call.get("attention_mask") is None:
+        call["attention_mask"] = real.new_ones(rows, past + width, dtype=torch.long)
+    # what sees only how far apart two tokens are has no positions
+    relative = hasattr(part.config, "relative_attention_num_buckets")
+    if call.get("position_ids") is None and not relative:
+        if "position_ids" not in inspect.signature(part.forward).parameters:
+            raise UserError(
+                f"{type(part).__name__} takes no position_ids, so the rows of a batch cannot have "
+                "virtual tokens of their own number: run them in batches of their own"
+            )
+        places = torch.arange(past, past + width, device=real.device)
+        call["position_ids"] = places.expand(rows, -1)
 
 
 def is_twofold(model: Any) -> bool:

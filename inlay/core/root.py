@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from inlay.core.base import Layer
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
-from inlay.core.prompted import Virtual, cache_part, input_part, is_twofold
+from inlay.core.prompted import (
+    Virtual,
+    cache_part,
+    input_part,
+    is_twofold,
+    spell_out,
+    takes_cache,
+)
 from inlay.core.selection import Selection
 
 Group = tuple[Virtual, int, Tensor | None, Tensor | None]
@@ -72,6 +79,9 @@ class Root(Inlaid):
         cache = call.get("past_key_values")
         fresh = cache is None or not cache.get_seq_length()
         groups = self._groups(here, real, fresh)
+        if any(shown is not None for *_, shown in groups):
+            past = 0 if cache is None else int(cache.get_seq_length())
+            spell_out(part, call, past and past - sum(count for _, count, *_ in groups))
         # what fills the cache comes last: an empty one is what the others know a start by
         for group in sorted(reversed(groups), key=lambda group: group[0].past):
             group[0].edit(self.base.module, call, *group[1:])
@@ -123,16 +133,24 @@ class Root(Inlaid):
         rows = set(self.selection.rows or ())
         if len(rows) < 2:
             return [(a, a.count, a.rows(real) if fresh else None, None) for a in here.values()]
-        whole = len(here) == len(rows)
-        gaps = all(adapter.past for adapter in here.values())
-        counts = {(type(adapter), adapter.count) for adapter in here.values()}
-        if not gaps and (not whole or len(counts) > 1):
-            raise UserError(
-                "the rows of one batch must all have adapters of the same method with the same "
-                f"number of virtual tokens, not {', '.join(sorted(rows))}: run them in batches of "
-                "their own"
-            )
+        kinds: dict[bool, dict[str, Virtual]] = {}
+        for name, adapter in here.items():
+            kinds.setdefault(adapter.past, {})[name] = adapter
+        return [self._group(held, rows, real, fresh) for held in kinds.values()]
+
+    def _group(self, here: dict[str, Virtual], rows: set[str], real: Tensor, fresh: bool) -> Group:
+        """Return adapters of one kind as one, the tokens of each row before which it has none."""
         first, most = next(iter(here.values())), max(adapter.count for adapter in here.values())
+        all_alike = len(here) == len(rows) and len({a.count for a in here.values()}) == 1
+        model = self.base.module
+        # an encoder's first position is often what is read of it
+        masks = first.past or (takes_cache(model) and not is_twofold(model))
+        if not all_alike and not masks:
+            raise UserError(
+                f"{type(model).__name__}: the rows of one batch must all have virtual "
+                f"tokens of the same number before them, not {', '.join(sorted(rows))}: run them "
+                "in batches of their own"
+            )
         shown = torch.zeros(len(real), most, dtype=torch.bool, device=real.device)
         out: Tensor | None = None
         for name, index in self.selection.groups(len(real), real.device).items():
@@ -146,4 +164,4 @@ class Root(Inlaid):
                 tokens = F.pad(tokens, (0, 0, missing, 0))
                 out = tokens.new_zeros(len(real), *tokens.shape[1:]) if out is None else out
                 out = out.index_copy(0, index, tokens)
-        return [(first, most, out, None if bool(shown.all()) else shown)]
+        return first, most, out, None if all_alike else shown

@@ -8,7 +8,6 @@ an encoder-decoder they are of the decoder's own attention.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Any, Self
 
 import torch
@@ -98,7 +97,6 @@ class Past(Computed):
         shown: Tensor | None = None,
     ) -> None:
         """Put the keys and values into a call's cache, and count them in mask and positions."""
-        part = cache_part(model)
         given: Any = call.get("inputs_embeds")
         real: Any = call.get("input_ids") if given is None else given
         _no_checkpointing(model)
@@ -109,26 +107,8 @@ class Past(Computed):
             self._write(cache, virtual.to(real.device, _dtype(model, given)))
             call["past_key_values"] = cache
             held += count
-        whole = held + real.shape[1]
-        if shown is None:
-            widen_mask(call, count, whole)
-            shift_positions(call, count, False)
-            return
-        past = held - count
-        if call.get("attention_mask") is None:
-            seen = past + real.shape[1]
-            call["attention_mask"] = real.new_ones(len(real), seen, dtype=torch.long)
-        if call.get("position_ids") is None and not _is_relative(model):
-            if "position_ids" not in inspect.signature(part.forward).parameters:
-                raise UserError(
-                    f"{type(part).__name__} takes no position_ids, so the rows of one batch cannot "
-                    "have past keys and values of different lengths: run them in batches of their "
-                    "own"
-                )
-            places = torch.arange(past, past + real.shape[1], device=real.device)
-            call["position_ids"] = places.expand(len(real), -1)
-        widen_mask(call, count, whole, shown)
-        shift_positions(call, shown.sum(1, keepdim=True), False)
+        widen_mask(call, count, held + real.shape[1], shown)
+        shift_positions(call, count, False, shown)
 
     def _write(self, cache: Any, virtual: Tensor) -> None:
         """Write the rows of a table [B, V, 2 L D] into a cache."""
@@ -171,11 +151,6 @@ def cached_table(cache: Any, count: int) -> Tensor:
 def _dtype(model: Any, embedded: Tensor | None) -> torch.dtype:
     found: torch.dtype = model.dtype if embedded is None else embedded.dtype
     return found
-
-
-def _is_relative(model: Any) -> bool:
-    """Return whether attention sees only how far apart two tokens are."""
-    return hasattr(model.config, "relative_attention_num_buckets")
 
 
 def _no_checkpointing(model: Any) -> None:

@@ -6,8 +6,15 @@ import pytest
 import torch
 
 import inlay
-from inlay import PromptTuningConfig, UserError, get_peft_model
-from tests.methods.bases import build, gpt2, llama, output, t5
+from inlay import (
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    UserError,
+    get_peft_model,
+)
+from tests.methods.bases import bert, build, gpt2, llama, output, randomize, t5
 
 IDS = torch.arange(3, 13).reshape(2, 5)
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -72,19 +79,46 @@ def test_generation_is_that_of_the_joined_embeddings_in_an_encoder_decoder_too()
         assert got[:, -6:].tolist() == meant[:, -6:].tolist()
 
 
-def test_rows_with_prompts_of_their_own_generate_what_they_do_alone():
-    model = made(llama)
-    model.add_adapter("b", PromptTuningConfig(num_virtual_tokens=3))
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_rows_of_other_prompts_prefixes_methods_and_the_base_compute_what_they_do_alone(make):
+    model = made(make)
     model.add_adapter("longer", PromptTuningConfig(num_virtual_tokens=4))
-    mask = torch.ones_like(IDS)
-    names = ["b", "default"]
-    mixed = model.generate(IDS, attention_mask=mask, adapter_names=names, num_beams=2, **GREEDY)
+    model.add_adapter("computed", PromptEncoderConfig(num_virtual_tokens=2))
+    model.add_adapter("prefix", PrefixTuningConfig(num_virtual_tokens=5))
+    model.add_adapter("lora", LoraConfig(r=2))
+    model.set_adapter("lora")
+    randomize(model)
+    model.double().eval()
+    names = ["longer", "__base__", "default", "lora", "prefix", "computed"]
+    ids = torch.arange(3, 33).reshape(6, 5)
+    mask = torch.ones_like(ids)
+    mask[1:3, :2] = 0
+    mixed = model(ids, attention_mask=mask, labels=ids, adapter_names=names).logits[:, -5:]
+    unmasked = model(ids, adapter_names=names).logits[:, -5:]
+    told = model.generate(ids, attention_mask=mask, adapter_names=names, num_beams=2, **GREEDY)
     for row, name in enumerate(names):
-        model.set_adapter(name)
-        alone = model.generate(IDS[row : row + 1], attention_mask=mask[:1], num_beams=2, **GREEDY)
-        assert mixed[row].tolist() == alone[0].tolist()
-    with pytest.raises(UserError, match="same method with the same number of virtual tokens"):
-        model(IDS, adapter_names=["b", "longer"])
+        one, seen = ids[row : row + 1], mask[row : row + 1]
+        alone = model(one, attention_mask=seen, adapter_names=[name]).logits[0, -5:]
+        start = int(5 - seen.sum())
+        torch.testing.assert_close(mixed[row, start:], alone[start:])
+        alone = model(one, adapter_names=[name]).logits[0, -5:]
+        torch.testing.assert_close(unmasked[row], alone)
+        given = {"attention_mask": seen, "adapter_names": [name], "num_beams": 2, **GREEDY}
+        assert told[row].tolist() == model.generate(one, **given)[0].tolist(), name
+
+
+def test_a_model_that_reads_both_ways_or_has_an_encoder_takes_prompts_of_one_length_alone():
+    for make, more in ((bert, {}), (t5, {"decoder_input_ids": IDS})):
+        model = made(make)
+        model.add_adapter("b", PromptTuningConfig(num_virtual_tokens=3))
+        model.add_adapter("longer", PromptTuningConfig(num_virtual_tokens=4))
+        mixed = model(input_ids=IDS, adapter_names=["b", "default"], **more).logits
+        for row, name in enumerate(["b", "default"]):
+            alone = model(input_ids=IDS, adapter_names=[name] * 2, **more).logits
+            torch.testing.assert_close(mixed[row], alone[row])
+        for names in (["b", "longer"], ["b", "__base__"]):
+            with pytest.raises(UserError, match="virtual tokens of the same number"):
+                model(input_ids=IDS, adapter_names=names, **more)
 
 
 def test_it_starts_from_the_embeddings_of_a_text(tmp_path):
