@@ -34,6 +34,8 @@ Count = Annotated[int, Whole(least=0)]
 """A whole number from 0, no larger than a layer is wide."""
 Seed = Annotated[int, Whole(least=0, most=2**63 - 1)]
 """A seed of torch's generators."""
+Token = Annotated[int, Whole(least=0, most=2**31 - 1)]
+"""The id of a token."""
 Steps = Annotated[int, Whole(least=0, most=2**53)]
 """A number of training steps."""
 Scale = Annotated[float, check_finite]

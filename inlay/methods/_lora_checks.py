@@ -10,7 +10,7 @@ from inlay.core.errors import UserError
 INITS = re.compile(
     r"gaussian|pissa|pissa_niter_\d{1,2}|olora|orthogonal|mica|loftq|eva|corda|lora_ga"
 )
-VARIANTS = ("use_dora", "lora_bias", "use_qalora", "use_bdlora")
+VARIANTS = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens")
 """Fields that choose another update than s B A: one of them at most."""
 INPUTS = ("lora_dropout", "bias", "fan_in_fan_out")
 """Fields that say how a layer is called, which a raw parameter is not."""
@@ -34,6 +34,14 @@ def check_together(config: Any) -> None:
         )
     if chosen and config.ensure_weight_tying:
         raise UserError(f"ensure_weight_tying goes with a plain LoRA, not with {chosen[0]}")
+    if config.alora_invocation_tokens is not None:
+        if not config.alora_invocation_tokens:
+            raise UserError("alora_invocation_tokens is empty: name a token, or leave it out")
+        if config.bias != "none":
+            raise UserError(
+                f"bias={config.bias!r} trains what alora_invocation_tokens leaves to the base: "
+                "leave one of them out"
+            )
     if config.target_parameters:
         apart = [*chosen, *(f for f in INPUTS if getattr(config, f) not in (0, "none"))]
         apart += ["init_lora_weights"] if config.start is not None else []

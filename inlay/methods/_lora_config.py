@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from inlay.core.config import PeftType
-from inlay.core.limits import Dropout, Rank, Scale
+from inlay.core.limits import Dropout, Rank, Scale, Token
 from inlay.core.raw import named
 from inlay.core.targeted import Extra, TargetedConfig
 from inlay.methods._lora_checks import check_together
@@ -80,8 +80,9 @@ class LoraConfig(TargetedConfig):
     """Settings of the start "lora_ga": direction, scale, stable_gamma."""
     velora_config: dict[str, Any] | None = None
     """PEFT's field for VeLoRA."""
-    alora_invocation_tokens: list[int] | None = None
-    """PEFT's field for aLoRA."""
+    alora_invocation_tokens: list[Token] | None = None
+    """Ids of the sequence that invokes the adapter: a row's tokens before its last one are left to
+    the base (aLoRA), whose cache of them then serves every adapter."""
     use_qalora: bool = False
     """Let A see sums over groups of inputs, as wide as a quantized weight's groups (QA-LoRA)."""
     qalora_group_size: Rank = 16
@@ -123,7 +124,6 @@ class LoraConfig(TargetedConfig):
             "KaSA cuts the smallest singular values off the base itself, which other adapters "
             "share; take init_lora_weights='pissa' or 'mica'"
         ),
-        "alora_invocation_tokens": "not yet",
         "layer_replication": "not yet",
     }
 

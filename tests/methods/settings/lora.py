@@ -76,6 +76,7 @@ PEFT = {
         gpt_oss,
         {"r": 2, "lora_alpha": 3, "target_parameters": ["gate_up_proj", "down_proj"]},
     ),
+    "aLoRA": (llama, {"r": 4, "alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"}),
 }
 # where embedding and head are one weight, PEFT adds what is meant for each of them to it
 PEFT_DOES_NOT_MERGE = [TIED_LORA, TOKENS_APART]
