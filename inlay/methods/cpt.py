@@ -14,7 +14,6 @@ import dataclasses
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.adapter import Method
@@ -23,11 +22,10 @@ from inlay.core.config import PeftType
 from inlay.core.errors import UserError
 from inlay.core.limits import Scale, Whole
 from inlay.core.prompted import PromptConfig, Virtual, check_width, word_embeddings
+from inlay.methods._labels import INPUT, LABEL, weighted, widened
 
 Token = Annotated[int, Whole(least=0, most=2**31 - 1)]
 """A token's number, or a type."""
-LABEL, INPUT = 0, 2
-"""The types of a label's and of an input's tokens, modulo 4; the others are of templates."""
 WIDTH = 2048
 """The width of the embeddings for which epsilon is told."""
 
@@ -66,11 +64,8 @@ class CPTConfig(PromptConfig):
             raise UserError(f"task_type={self.task_type!r}: CPT is for CAUSAL_LM alone")
         ids = self.cpt_token_ids or [0]
         ones = [1] * len(ids)
-        for name, usual in (
-            ("cpt_token_ids", ids),
-            ("cpt_mask", ones),
-            ("cpt_tokens_type_mask", ones),
-        ):
+        fields = {"cpt_token_ids": ids, "cpt_mask": ones, "cpt_tokens_type_mask": ones}
+        for name, usual in fields.items():
             value = getattr(self, name) or usual
             if len(value) != len(ids):
                 raise UserError(f"{name} has {len(value)} entries, but cpt_token_ids {len(ids)}")
@@ -115,10 +110,8 @@ class CPT(Virtual):
     def _limits(self) -> Tensor:
         """Return how far each token may move, [V, 1]."""
         config = self.config
-        kinds = self._types() % 4
-        far = torch.where(
-            kinds == INPUT, config.opt_projection_epsilon, config.opt_projection_format_epsilon
-        )
+        kinds, template = self._types() % 4, config.opt_projection_format_epsilon
+        far = torch.where(kinds == INPUT, config.opt_projection_epsilon, template)
         wide = ((config.token_dim or 1) / WIDTH) ** 0.5
         return torch.where(kinds == LABEL, 0.0, far * wide)[:, None].to(self.delta.dtype)
 
@@ -180,43 +173,25 @@ class CPT(Virtual):
                 "of their own"
             )
         super().edit(model, call, count, virtual, shown)
-        self._due = None if labels is None else (*self._wide(labels, types), items)
-
-    def _wide(self, labels: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return labels and types [B, V + T] of context and input; no labels but label tokens."""
-        own = self._types().to(labels.device)
-        types = torch.full_like(labels, 4) if given is None else given.to(labels)
-        types = F.pad(types, (labels.shape[1] - types.shape[1], 0))
-        # the input's come after the context's; PEFT loses the label type where the last is no 4
-        last = int(own.max() + 3) // 4 * 4
-        types = torch.cat([own.expand(len(labels), -1), torch.where(types > 0, types + last, 0)], 1)
-        ids = torch.tensor(self.config.cpt_token_ids, device=labels.device)
-        whole = torch.cat([ids.expand(len(labels), -1), labels], 1)
-        return torch.where((types > 0) & (types % 4 == LABEL), whole, -100), types
+        self._due = None
+        if labels is not None:
+            ids = torch.tensor(self.config.cpt_token_ids, device=labels.device)
+            own = self._types().to(labels.device)
+            self._due = (*widened(labels, types, ids, own), items)
 
     def finish(self, output: Any) -> Any:
         """Return a model's output with the mean loss of all label tokens, weighted."""
         if self._due is None:
             return output
-        (labels, types, items), self._due = self._due, None
-        logits = output.logits[:, -labels.shape[1] :][:, :-1].float()
-        labels, types = labels[:, 1:], types[:, 1:]
-        losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-        seen = labels != -100
-        loss = (losses * self._weights(types) * seen).sum() / seen.sum()
+        (labels, types, items), self._due, config = self._due, None, self.config
+        plain = config.opt_weighted_loss_type == "none"
+        loss = weighted(
+            output.logits, labels, types, 1.0 if plain else config.opt_loss_decay_factor
+        )
         if items is not None:  # this batch's share of an optimizer step's
+            seen = labels[:, 1:] != -100
             loss = loss * seen[:, self.count - 1 :].sum() / items
         return type(output)(loss=loss, **{k: v for k, v in output.items() if k != "loss"})
-
-    def _weights(self, types: Tensor) -> Tensor:
-        """Return each token's weight: with "decay", a factor for each example after its own."""
-        weights = torch.ones(types.shape, device=types.device)
-        if self.config.opt_weighted_loss_type == "decay":
-            for row, own in enumerate(types):
-                labels = own[(own > 0) & (own % 4 == LABEL)].unique()
-                later = len(labels) - 1 - torch.searchsorted(labels, own)
-                weights[row] = self.config.opt_loss_decay_factor ** later.clamp(min=0)
-        return weights
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return PEFT's one key."""
