@@ -138,7 +138,6 @@ class CPT(Virtual):
 
     def fill(self, name: str, value: Tensor) -> None:
         """Take a moved context as one that has moved nowhere yet, as PEFT does."""
-        del name
         self._put("context", value)
         self._put("delta", torch.zeros_like(value))
 
@@ -195,7 +194,6 @@ class CPT(Virtual):
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return PEFT's one key."""
-        del base
         return {"prompt_embeddings": ("prompt_embeddings", tuple(self.context.shape))}
 
 
