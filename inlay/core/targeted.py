@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from torch import nn
@@ -101,6 +101,11 @@ class TargetedConfig(AdapterConfig):
         """Return the target_modules meant among a model's modules by path; None: the usual."""
         del found
         return self.target_modules
+
+    @property
+    def repeats(self) -> Sequence[Sequence[int]]:
+        """The ranges of its own layers that the model is to have instead, in their order."""
+        return ()
 
     def parameters(self, found: Mapping[str, nn.Module]) -> Collection[str]:
         """Return the paths of the parameters adapted that are in no layer, of modules by path."""

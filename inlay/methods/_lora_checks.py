@@ -42,6 +42,11 @@ def check_together(config: Any) -> None:
                 f"bias={config.bias!r} trains what alora_invocation_tokens leaves to the base: "
                 "leave one of them out"
             )
+    ranges = config.layer_replication or []
+    if any(len(r) != 2 or not all(type(n) is int for n in r) for r in ranges):
+        raise UserError(
+            f"layer_replication={str(ranges)[:200]} must be pairs of a first layer and an end"
+        )
     if config.target_parameters:
         apart = [*chosen, *(f for f in INPUTS if getattr(config, f) not in (0, "none"))]
         apart += ["init_lora_weights"] if config.start is not None else []

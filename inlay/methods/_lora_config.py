@@ -90,7 +90,8 @@ class LoraConfig(TargetedConfig):
     monteclora_config: dict[str, Any] | None = None
     """PEFT's field for MonteCLoRA."""
     layer_replication: list[tuple[int, int]] | None = None
-    """PEFT's field for repeating layers."""
+    """Ranges (first, end) of the model's layers: it then has these, one after the other, a layer
+    more than once over the same weights, each with an adapter of its own."""
     lora_bias: bool = False
     """Train a bias with B, scaled as the update is."""
     target_parameters: list[str] | None = None
@@ -124,7 +125,6 @@ class LoraConfig(TargetedConfig):
             "KaSA cuts the smallest singular values off the base itself, which other adapters "
             "share; take init_lora_weights='pissa' or 'mica'"
         ),
-        "layer_replication": "not yet",
     }
 
     def __post_init__(self) -> None:
@@ -171,6 +171,11 @@ class LoraConfig(TargetedConfig):
         del found
         alone = self.target_modules is None and self.target_parameters
         return [] if alone else self.target_modules
+
+    @property
+    def repeats(self) -> list[tuple[int, int]]:
+        """The ranges of layers that the model has instead of its own."""
+        return self.layer_replication or []
 
     def parameters(self, found: Mapping[str, nn.Module]) -> list[str]:
         """Return the paths of the raw parameters that are adapted."""

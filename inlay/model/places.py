@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from inlay.core import patterns
-from inlay.model.targets import modules, plain
+from inlay.core.targeted import TargetedConfig
+from inlay.model.defaults import HEADS
+from inlay.model.targets import Sites, is_all_linear, modules, plain
 
 
 class Places:
@@ -40,6 +42,18 @@ def spelled_out(sites: Sequence[str], model: nn.Module) -> list[str]:
     meant = set(sites)
     suffice = all(p in meant for p, _ in modules(model) if any(e in last for e in patterns.ends(p)))
     return sorted(last) if suffice else sorted(sites)
+
+
+def resolved(config: TargetedConfig, sites: Sites, model: nn.Module) -> TargetedConfig:
+    """Return the configuration with what it leaves to the model filled in, as files state it."""
+    given = None if config.rooted else config.wanted(dict(modules(model)))
+    changes: dict[str, Any] = {}
+    if not config.rooted and sites.adapted and (given is None or is_all_linear(given)):
+        changes["target_modules"] = spelled_out(sites.adapted, model)
+    heads = HEADS.get(config.task_type or "", [])
+    if heads:
+        changes["modules_to_save"] = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
+    return config.replace(**changes) if changes else config
 
 
 def no_longer_tied(model: nn.Module) -> None:

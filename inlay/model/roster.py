@@ -25,7 +25,8 @@ from inlay.core.targeted import TargetedConfig
 from inlay.methods import method_of
 from inlay.model import targets
 from inlay.model.gradients import Gradients
-from inlay.model.places import Places, no_longer_tied, spelled_out
+from inlay.model.places import Places, no_longer_tied, resolved
+from inlay.model.repeat import Repeated
 from inlay.model.starts import begin
 
 
@@ -47,6 +48,7 @@ class Roster:
         self._gradients = Gradients()
         self._ahead: dict[str, Ahead] = {}
         self._required_grad: dict[str, bool] | None = None
+        self._repeated: Repeated | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -75,9 +77,26 @@ class Roster:
             self._leave_trainable(name, config)
             return {}
         config = config.filled(self.model)
+        self._repeat(config.repeats)
+        try:
+            return self._add(name, config, chosen, strict, device, trainable)
+        except BaseException:
+            if not self.configs:
+                self._once_each(merged=False)
+            raise
+
+    def _add(
+        self,
+        name: str,
+        config: TargetedConfig,
+        chosen: type[Adapter],
+        strict: bool,
+        device: torch.device | None,
+        trainable: bool,
+    ) -> dict[str, Adapter]:
         with patterns.budget():
             sites = targets.resolve(self.model, config, strict=strict)
-            resolved = _resolved(config, sites, self.model)
+            settled = resolved(config, sites, self.model)
             places = Places(self.model)
             kinds: dict[str, type[Adapter]] = {
                 **dict.fromkeys(sites.adapted, chosen),
@@ -92,7 +111,7 @@ class Roster:
             shared = None
             if sites.adapted:
                 own = [bases[path] for path in sites.adapted]
-                shared = chosen.share(resolved, own, device=device)
+                shared = chosen.share(settled, own, device=device)
             made = {
                 path: self._make(
                     kind,
@@ -116,7 +135,7 @@ class Roster:
             adapter.beside(host.adapters)
         if shared is not None and type(shared).ahead is not Shared.ahead:
             self._ahead[name] = Ahead(self.model, name, shared, self.selection)
-        self.configs[name] = resolved
+        self.configs[name] = settled
         if trainable:
             self.trainable.add(name)
         self._gradients.start(name, list(made.values()), on=trainable and self._is_active(name))
@@ -193,6 +212,8 @@ class Roster:
         del self.configs[name]
         self.trainable.discard(name)
         self._gradients.forget(name)
+        if not self.configs:
+            self._once_each(merged=False)
         self.selection.active = tuple(n for n in self.selection.active if n != name)
         if not self.selection.active and self.configs:
             self.select((self.names[0],))
@@ -292,6 +313,7 @@ class Roster:
         flags = self._required_grad or {}
         for path, parameter in self.model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(flags.get(path, True))
+        self._once_each(merged=bool(names))
         if names:
             no_longer_tied(self.model)
         for ahead in self._ahead.values():
@@ -304,6 +326,18 @@ class Roster:
         return self.model
 
     # -- the base
+
+    def _repeat(self, ranges: Sequence[Sequence[int]]) -> None:
+        if ranges and self.configs:
+            raise UserError(f"layer_replication needs a model with no adapter, not {self.names}")
+        if ranges:
+            self._repeated = Repeated(self.model, ranges)
+
+    def _once_each(self, *, merged: bool) -> None:
+        """Give the model its own layers back; with `merged`, each repeated one its own weights."""
+        if self._repeated is not None:
+            self._repeated.part() if merged else self._repeated.undo()
+            self._repeated = None
 
     def _freeze_base(self) -> None:
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
@@ -363,15 +397,3 @@ def _way_out(kind: type[Adapter]) -> str:
     if kind is Bias:
         return "say bias='lora_only', or 'none'"
     return "leave it out of target_modules, or name it in exclude_modules"
-
-
-def _resolved(config: TargetedConfig, sites: targets.Sites, model: nn.Module) -> TargetedConfig:
-    """Return the configuration with what it leaves to the model filled in, as files state it."""
-    given = None if config.rooted else config.wanted(dict(targets.modules(model)))
-    changes: dict[str, Any] = {}
-    if not config.rooted and sites.adapted and (given is None or targets.is_all_linear(given)):
-        changes["target_modules"] = spelled_out(sites.adapted, model)
-    heads = targets.HEADS.get(config.task_type or "", [])
-    if heads:
-        changes["modules_to_save"] = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
-    return config.replace(**changes) if changes else config
