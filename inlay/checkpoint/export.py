@@ -27,13 +27,14 @@ def export_model(
     """Write a model without adapters to `folder`, whole or not at all, and return it.
 
     dtype: of the written weights (default: the model's own); the model itself is not changed.
-    Raises UserError for a folder that is not empty, a full disk, and a model that still holds
-    adapters.
+    Raises UserError for a folder that is not empty, a full disk, a model that still holds
+    adapters, and one with biases that its class does not have.
     """
     if any(isinstance(module, Inlaid) for module in model.modules()):
         raise UserError(
             "the model still holds adapters: call merge_and_unload() before exporting it"
         )
+    _check_biases(model)
     folder = Path(folder)
     weights = None
     if dtype is not None:
@@ -50,6 +51,22 @@ def export_model(
         if tokenizer is not None:
             _with_template(tokenizer, chat_template).save_pretrained(partial)
     return folder
+
+
+def _check_biases(model: Any) -> None:
+    """Raise UserError where a merge gave a layer a bias: whoever reads the folder would drop it."""
+    biases = {name for name in model.state_dict() if name.endswith(".bias")}
+    if not biases:
+        return
+    with torch.device("meta"), quiet():
+        known = type(model)(copy.deepcopy(model.config)).state_dict()
+    added = sorted(biases - known.keys())
+    if added:
+        raise UserError(
+            f"the merged adapter gave {len(added)} layers a bias, {added[0]} first, and "
+            f"{type(model).__name__} has no place for it: whoever reads the folder would drop it. "
+            "Keep the adapter beside its base"
+        )
 
 
 def tokenizer_files(tokenizer: Any, chat_template: str | None) -> dict[str, bytes]:

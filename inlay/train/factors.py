@@ -135,7 +135,7 @@ def rates(
 
 def is_second(name: str) -> bool:
     """Return whether a parameter of this name is the factor B of a LoRA or of its like."""
-    return name.rpartition(".")[2] == "lora_B"
+    return name.endswith("lora_B")
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[Inlaid, Adapter]]:

@@ -111,5 +111,5 @@ def test_ranges_that_no_model_has_are_refused(ranges, says):
 
 def test_layers_are_repeated_for_the_first_adapter_of_a_model_alone():
     model = inlay.get_peft_model(build(llama), LoraConfig())
-    with pytest.raises(inlay.UserError, match="needs a model with no adapter, not .'default',"):
+    with pytest.raises(inlay.UserError, match="needs a model with no adapter, not"):
         model.add_adapter("b", LoraConfig(layer_replication=RANGES))

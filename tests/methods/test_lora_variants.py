@@ -13,13 +13,15 @@ from torch import nn
 
 import inlay
 from inlay.bases import view
+from inlay.checkpoint.export import export_model
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
 from inlay.core.selection import Selection
 from inlay.methods import method
 from inlay.methods.lora import LoraConfig
+from inlay.train.factors import is_second
 from tests.laws.samples import Mixture
-from tests.methods.bases import build, llama, output, randomize
+from tests.methods.bases import bert, build, llama, output, randomize
 
 
 def made(layer: nn.Module, path: str = "", **settings: Any) -> Any:
@@ -75,6 +77,15 @@ def test_a_bias_merged_into_a_layer_without_one_is_taken_out_again():
     torch.testing.assert_close(layer(x), expected)
     host.unmerge()
     assert layer.bias is None
+
+
+def test_a_model_with_biases_that_its_class_lacks_is_not_exported(tmp_path):
+    config = LoraConfig(r=2, lora_bias=True, init_lora_weights=False)
+    merged = inlay.get_peft_model(build(llama), config).merge_and_unload()
+    with pytest.raises(UserError, match=r"gave 4 layers a bias, .*LlamaForCausalLM has no place"):
+        export_model(merged, None, tmp_path / "llama")
+    merged = inlay.get_peft_model(build(bert), config).merge_and_unload()
+    export_model(merged, None, tmp_path / "bert")
 
 
 def test_bdlora_counts_a_module_by_any_part_of_its_path_and_refuses_what_is_in_neither_list():
@@ -199,6 +210,7 @@ def test_several_parameters_of_one_module_have_ranks_of_their_own_and_leave_the_
         "lora_A": (2, 5),
         "lora_B": (5, 2),
     }
+    assert {name for name in shapes if is_second(name)} == {n for n in shapes if n.endswith("B")}
     randomize(adapted)
     out = adapted(x)
     assert not torch.allclose(out, plain)
