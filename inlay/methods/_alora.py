@@ -7,6 +7,7 @@ that a cache of theirs serves every adapter.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -39,7 +40,7 @@ class Invoked(Shared):
         self, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], selection: Selection
     ) -> dict[str, Tensor]:
         """Return of each token [B, T] whether it is adapted."""
-        del model, selection
+        del selection
         ids = args[0] if args else kwargs.get("input_ids")
         if not isinstance(ids, Tensor):
             raise UserError("aLoRA looks for its invocation among token ids: give input_ids")
@@ -52,6 +53,11 @@ class Invoked(Shared):
             )
         found, start = self._last(ids)
         adapted = found[:, None] & (torch.arange(ids.shape[1], device=ids.device) >= start[:, None])
+        if model.training and torch.is_grad_enabled() and not bool(found.any()):
+            warnings.warn(
+                f"no row of a batch holds the invocation {self._tokens}: nothing trains on it",
+                stacklevel=2,
+            )
         cache = kwargs.get("past_key_values")
         if cache is not None:
             if cache.get_seq_length():

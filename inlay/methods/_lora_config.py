@@ -89,7 +89,7 @@ class LoraConfig(TargetedConfig):
     """How many inputs make a group; it divides the layer's."""
     monteclora_config: dict[str, Any] | None = None
     """PEFT's field for MonteCLoRA."""
-    layer_replication: list[tuple[int, int]] | None = None
+    layer_replication: list[list[int]] | None = None
     """Ranges (first, end) of the model's layers: it then has these, one after the other, a layer
     more than once over the same weights, each with an adapter of its own."""
     lora_bias: bool = False
@@ -173,7 +173,7 @@ class LoraConfig(TargetedConfig):
         return [] if alone else self.target_modules
 
     @property
-    def repeats(self) -> list[tuple[int, int]]:
+    def repeats(self) -> list[list[int]]:
         """The ranges of layers that the model has instead of its own."""
         return self.layer_replication or []
 

@@ -136,6 +136,12 @@ def test_a_call_in_which_no_invocation_can_be_told_is_refused(said, says):
         adapted()(**said)
 
 
+def test_a_batch_without_an_invocation_is_told_of_in_training():
+    model = adapted().train()
+    with pytest.warns(UserWarning, match=r"holds the invocation \[5, 6\]: nothing trains on it"):
+        model(input_ids=IDS[1:2], labels=IDS[1:2])
+
+
 def test_it_merges_into_no_weight_and_combines_with_no_other():
     model = adapted()
     with pytest.raises(inlay.UserError, match="is a ALora, which no weight can say"):
