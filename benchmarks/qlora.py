@@ -1,0 +1,194 @@
+"""QLoRA on this machine: the 4-bit linear beside bitsandbytes', and what one step of a shape takes.
+
+    python benchmarks/qlora.py linears [--json FILE]
+    python benchmarks/qlora.py step --shape 7b --length 128 [--json FILE]
+
+`linears`: forward and backward of a frozen linear, all three in turns in one process, quantized
+from bfloat16: inlay's, bitsandbytes', and a plain bfloat16 one. `step`: one whole optimizer step of
+a Llama shape with random codes, r=16 on all linears, in a process of its own, with the peak of its
+memory as the operating system counts it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+SHAPES: dict[str, dict[str, int]] = {
+    # hidden, intermediate, layers, heads, key heads, vocabulary
+    "125m": dict(zip(("h", "i", "n", "a", "k", "v"), (768, 2048, 12, 12, 12, 32000), strict=True)),
+    "1b": dict(zip(("h", "i", "n", "a", "k", "v"), (2048, 8192, 16, 32, 8, 128256), strict=True)),
+    "7b": dict(zip(("h", "i", "n", "a", "k", "v"), (4096, 11008, 32, 32, 32, 32000), strict=True)),
+}
+LINEARS = [(4096, 4096), (11008, 4096)]
+ROWS = (128, 512)
+
+
+def main() -> None:
+    """Run what was asked for and print it; write it where asked."""
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    if options.what == "linears":
+        results: Any = [linear(o, i, rows) for o, i in LINEARS for rows in ROWS]
+    elif options.inside:
+        print(json.dumps(step(options.shape, options.length, options.steps)))
+        return
+    else:
+        given = [sys.executable, __file__, *sys.argv[1:], "--inside"]
+        told = subprocess.run(given, check=True, capture_output=True, text=True).stdout
+        results = [json.loads(told.splitlines()[-1])]
+        print(results[0])
+    if options.json:
+        machine = {"cpu": cpu(), "threads": options.threads, "torch": torch.__version__}
+        text = json.dumps({"machine": machine, "results": results}, indent=1)
+        options.json.write_text(text + "\n", encoding="utf-8")
+
+
+def linear(outputs: int, inputs: int, rows: int, turns: int = 12) -> dict[str, Any]:
+    """Return the median milliseconds of forward and backward of each, and their ratios."""
+    import bitsandbytes as bnb
+
+    from inlay.bases.nf4 import PackedLinear
+
+    plain = nn.Linear(inputs, outputs, bias=False).bfloat16().requires_grad_(False)
+    packed = PackedLinear.of(plain)
+    theirs = bnb.nn.Linear4bit(
+        inputs, outputs, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+    )
+    theirs.weight = bnb.nn.Params4bit(plain.weight.data, requires_grad=False, quant_type="nf4")
+    theirs = theirs.to("cpu")
+    x = torch.randn(rows, inputs).bfloat16().requires_grad_()
+    grad = torch.randn(rows, outputs).bfloat16()
+    sides = {"inlay": packed, "bitsandbytes": theirs, "bfloat16": plain}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(turns + 1):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side(x).backward(grad)
+            if turn:
+                times[name].append(1000 * (time.perf_counter() - start))
+    middle = {name: statistics.median(found) for name, found in times.items()}
+    over = {
+        "bitsandbytes / inlay": statistics.median(
+            b / a for a, b in zip(times["inlay"], times["bitsandbytes"], strict=True)
+        ),
+        "inlay / bfloat16": statistics.median(
+            a / b for a, b in zip(times["inlay"], times["bfloat16"], strict=True)
+        ),
+    }
+    told = ", ".join(f"{name} {ms:.1f} ms" for name, ms in middle.items())
+    print(f"{outputs}x{inputs}, {rows} rows: {told}; {over}")
+    return {"shape": [outputs, inputs], "rows": rows, "ms": middle, "ratios": over}
+
+
+def step(name: str, length: int, steps: int) -> dict[str, Any]:
+    """Return seconds a step and peak memory of training a shape with random codes."""
+    import inlay
+
+    model = base(**SHAPES[name])
+    loaded = peak_mib()
+    tuned = inlay.get_peft_model(model, inlay.LoraConfig(r=16, target_modules="all-linear")).train()
+    tuned.gradient_checkpointing_enable({"use_reentrant": False})
+    tuned.enable_input_require_grads()
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    ids = torch.randint(SHAPES[name]["v"], (1, length))
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        loss = tuned(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    return {
+        "shape": name,
+        "length": length,
+        "trained": sum(p.numel() for p in trained),
+        "seconds": seconds,
+        "loaded_mib": loaded,
+        "peak_mib": peak_mib(),
+        "loss": loss.item(),
+    }
+
+
+def base(h: int, i: int, n: int, a: int, k: int, v: int) -> Any:
+    """Return a Llama of these sizes, its linears in random codes, the rest in bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from inlay.bases.nf4 import PackedLinear
+
+    config = LlamaConfig(
+        hidden_size=h,
+        intermediate_size=i,
+        num_hidden_layers=n,
+        num_attention_heads=a,
+        num_key_value_heads=k,
+        vocab_size=v,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and path != "lm_head":
+            o, j = module.weight.shape
+            packed = PackedLinear(j, o, bias=False, dtype=torch.bfloat16)
+            packed.weight.random_(256)
+            packed.absmax.random_(256)
+            packed.nested_absmax.fill_(0.02)
+            packed.offset = 0.04
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, packed)
+        elif isinstance(module, nn.Embedding | nn.Linear):
+            weight = torch.empty(module.weight.shape, dtype=torch.bfloat16).normal_(std=0.02)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        elif "RMSNorm" in type(module).__name__:
+            ones = torch.ones(module.weight.shape, dtype=torch.bfloat16)
+            module.weight = nn.Parameter(ones, requires_grad=False)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    return model
+
+
+def peak_mib() -> float:
+    """Return the largest resident memory of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def cpu() -> str:
+    """Return the processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(": ", 1)[1] for line in lines if line.startswith("model name")), "unknown"
+    )
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("linears", "step"))
+    parser.add_argument("--shape", choices=SHAPES, default="125m")
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
