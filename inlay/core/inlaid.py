@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.adapter import Adapter, Copy, Delta, Reweight
+from inlay.core.adapter import Adapter, Delta, Reweight
 from inlay.core.base import Base, Host, Layer
+from inlay.core.beside import Copy
 from inlay.core.errors import UserError
 from inlay.core.selection import Selection
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from inlay.core.adapter import Copy
+from inlay.core.beside import Copy
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
 from inlay.core.targeted import Extra

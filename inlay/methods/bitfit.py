@@ -12,8 +12,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from inlay.core.adapter import Bias, Method
+from inlay.core.adapter import Method
 from inlay.core.base import Base
+from inlay.core.beside import Bias
 from inlay.core.config import AdapterConfig, PeftType
 from inlay.core.errors import UserError
 from inlay.core.targeted import TargetedConfig

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from inlay.core.adapter import Adapter, Copy
+from inlay.core.adapter import Adapter
+from inlay.core.beside import Copy
 from inlay.core.errors import UserError, nearest
 from inlay.core.numbers import check_whole
 from inlay.core.targeted import TargetedConfig

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from inlay.bases import view
-from inlay.core.adapter import Adapter, Bias, Copy, Delta, Reweight
+from inlay.core.adapter import Adapter, Delta, Reweight
 from inlay.core.base import Base
+from inlay.core.beside import Bias, Copy
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
 from inlay.core.numbers import check_whole

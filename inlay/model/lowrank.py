@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core import patterns
-from inlay.core.adapter import Copy
+from inlay.core.beside import Copy
 from inlay.methods.lora import Lora, LoraConfig
 from inlay.model.places import spelled_out
 from inlay.model.roster import Roster

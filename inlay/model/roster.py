@@ -14,16 +14,17 @@ from torch import nn
 
 from inlay.bases import view
 from inlay.core import patterns
-from inlay.core.adapter import Adapter, Bias, Copy, Shared
+from inlay.core.adapter import Adapter, Shared
 from inlay.core.ahead import Ahead
 from inlay.core.base import Base
+from inlay.core.beside import Bias, Copy
 from inlay.core.errors import UserError, nearest
 from inlay.core.inlaid import Inlaid
 from inlay.core.root import Root
 from inlay.core.selection import BASE, Selection
 from inlay.core.targeted import TargetedConfig
 from inlay.methods import method_of
-from inlay.model import targets
+from inlay.model import packing, targets
 from inlay.model.gradients import Gradients
 from inlay.model.places import Places, no_longer_tied, resolved
 from inlay.model.repeat import Repeated
@@ -316,6 +317,7 @@ class Roster:
         self._once_each(merged=bool(names))
         if names:
             no_longer_tied(self.model)
+        packing.describe(self.model)
         for ahead in self._ahead.values():
             ahead.close()
         self._ahead = {}
@@ -352,6 +354,7 @@ class Roster:
                 f"full fine-tuning {name!r} needs a model without adapters; it has "
                 f"{', '.join(self.names)}"
             )
+        packing.refuse_training(self.model, name)
         if config.target_modules is not None:
             sites = targets.resolve(self.model, config)
             self._freeze_base()

@@ -15,7 +15,7 @@ import inlay
 from inlay.bases import nf4, view
 from inlay.bases.nf4 import Nf4, PackedLinear
 from inlay.bases.plain import Linear
-from inlay.core.adapter import Copy
+from inlay.core.beside import Copy
 from inlay.kernels import codec
 from inlay.methods.lora import LoraConfig
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from inlay.bases import view
-from inlay.core.adapter import Adapter, Bias, Copy
+from inlay.core.adapter import Adapter
 from inlay.core.base import bare_copy
+from inlay.core.beside import Bias, Copy
 from inlay.core.inlaid import Inlaid
 from inlay.core.selection import Selection
 from inlay.methods.lora import Lora, LoraConfig

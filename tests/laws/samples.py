@@ -17,8 +17,9 @@ from torch import nn
 
 import inlay.bases
 from inlay.bases import view
-from inlay.core.adapter import Adapter, Bias, Copy, Reweight, Wrap
+from inlay.core.adapter import Adapter, Reweight, Wrap
 from inlay.core.base import Base
+from inlay.core.beside import Bias, Copy
 from inlay.core.errors import UserError
 from inlay.methods import method, names
 from inlay.methods._parameters import ParameterLora

@@ -14,7 +14,7 @@ from torch import nn
 
 from inlay.bases import layers, view
 from inlay.bases.plain import Opaque
-from inlay.core.adapter import Copy
+from inlay.core.beside import Copy
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Adapted, Inlaid
 from inlay.core.selection import BASE, Selection

@@ -123,7 +123,7 @@ def test_what_is_no_base_is_one_error_that_names_it(tmp_path: Path, case: str) -
     [
         ({"dtype": "bfloat17"}, "Did you mean 'bfloat16'"),
         ({"device": "gpu0"}, "is no device"),
-        ({"quantize": "nf4"}, "not there yet"),
+        ({"quantize": "nf"}, "Did you mean 'nf4'"),
         ({"revision": "v1"}, "goes with a hub id"),
         ({"task_type": "CAUSAL"}, "is not one of"),
     ],

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from inlay.core.adapter import Copy, Wrap
+from inlay.core.adapter import Wrap
 from inlay.core.base import Base
+from inlay.core.beside import Copy
 from inlay.core.errors import UserError
 from inlay.model.roster import Roster
 from tests.model.nets import Net, config, shake, trace

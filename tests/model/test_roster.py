@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from inlay.core.adapter import Adapter, Bias
+from inlay.core.adapter import Adapter
 from inlay.core.base import Base
+from inlay.core.beside import Bias
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
 from inlay.model.roster import Roster
