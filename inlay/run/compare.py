@@ -32,7 +32,7 @@ from inlay.run.limits import fitting
 from inlay.run.loaded import load
 from inlay.run.measure import measure
 from inlay.run.peak import Peak
-from inlay.run.standing import look
+from inlay.run.standing import is_held, look
 from inlay.run.training import check_sources, start
 from inlay.train.precision import choose, device_of
 
@@ -157,6 +157,8 @@ class _Job:
             failed = str(error)
         else:
             look(Run(place), settings, overwrite=self.options.overwrite)
+            if place.is_dir() and is_held(place):
+                raise UserError(f"another process is training in {place}; wait for it to end")
             watched = Watched(self.view, label, Peak(device_of(self.loaded.base)))
             try:
                 run = start(

@@ -12,6 +12,7 @@ from inlay.config.recipe import read_recipe
 from inlay.run import training
 from inlay.run.compare import Options, compare
 from inlay.run.compare_view import Terminal
+from inlay.run.standing import only_one
 
 RECIPE = """
 data: {path: chats.jsonl, eval_fraction: 0.25}
@@ -139,6 +140,14 @@ def test_a_mistake_is_one_error_and_leaves_no_folder(inlay, recipe, words, told)
     assert code == 2, out
     assert told in errors
     assert not Path("runs").exists()
+
+
+def test_a_run_that_another_process_trains_is_no_result(inlay, recipe):
+    with only_one(Path("runs/shop-compare/ia3-lr1.5e-1-seed42")):
+        code, _, errors = inlay("compare", recipe, "--methods", "lora,ia3")
+    assert code == 2
+    assert "another process is training" in errors
+    assert not Path("runs/shop-compare/report.json").exists()
 
 
 def test_the_base_comes_back_as_it_was(recipe):
