@@ -64,8 +64,10 @@ class PackedLinear(nn.Linear, PackedModule):
         self.register_buffer("weight", empty((n + 1) // 2, 1, dtype=torch.uint8, device=device))
         scales = empty(blocks, dtype=torch.uint8 if double else torch.float32, device=device)
         nested = empty(-(-blocks // codec.NESTED), device=device) if double else None
-        self.register_buffer("absmax", scales, persistent=False)
-        self.register_buffer("nested_absmax", nested, persistent=False)
+        # persistent, though the state dict holds them by other names: transformers makes anew what
+        # is not, when it has loaded a model
+        self.register_buffer("absmax", scales)
+        self.register_buffer("nested_absmax", nested)
         # holds no values: it is moved and cast with the model, and so knows what to compute in
         self.register_buffer("like", empty(0, dtype=dtype, device=device), persistent=False)
         self.register_parameter("dense", None)
@@ -150,11 +152,13 @@ class PackedLinear(nn.Linear, PackedModule):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in NAMES:
+            destination.pop(f"{prefix}{name}", None)
         dense = destination.pop(f"{prefix}dense", None)
         if dense is not None:
             destination[f"{prefix}weight"] = dense
-            return
-        destination.update({f"{prefix}{key}": value for key, value in self.parts().items()})
+        elif not self.weight.is_meta:
+            destination.update({f"{prefix}{key}": value for key, value in self.parts().items()})
 
     def parts(self) -> dict[str, Tensor]:
         """Return what a state dict holds beside `weight`, as bitsandbytes names it."""
@@ -191,6 +195,8 @@ class PackedLinear(nn.Linear, PackedModule):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         unexpected_keys[:] = [key for key in unexpected_keys if key not in own]
+        beside = {f"{prefix}{name}" for name in NAMES}
+        missing_keys[:] = [key for key in missing_keys if key not in beside]
         if f"{prefix}weight" not in state_dict:
             return
         parts = {key.removeprefix(prefix): state_dict[key] for key in own}

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, Literal
 
 from inlay.config.docs import field_docs
-from inlay.core.config import AdapterConfig, default
+from inlay.core.config import AdapterConfig, PeftType, default
 from inlay.core.errors import UserError, nearest
 from inlay.data.settings import DataConfig
 from inlay.train.settings import TrainConfig
@@ -67,8 +67,8 @@ class RunConfig:
     device: str | None = None
     """Where to train: cpu, cuda, cuda:1, mps; left out = the first GPU, else the CPU."""
 
-    quantize: Literal["none", "nf4"] = "none"
-    """How the frozen weights are packed; nf4 is not there yet."""
+    quantize: Literal["none", "nf4", "fp4"] = "none"
+    """Pack the frozen linear layers in 4 bits as they are loaded (QLoRA); nf4 is the closer one."""
 
     adapter: AdapterConfig = dataclasses.field(default_factory=_default_adapter)
     """`method`, and that method's settings."""
@@ -90,10 +90,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be; raises UserError naming the field, the value and the limit."""
-        if self.quantize == "nf4":
+        if self.quantize != "none" and self.adapter.method is PeftType.FULL:
             raise UserError(
-                "quantize is nf4, which is not there yet; leave it out, "
-                "or set dtype: bfloat16 to halve the memory of float32 weights"
+                f"quantize is {self.quantize}, and adapter full trains the base's own weights, "
+                "which in 4 bits cannot move; leave quantize out, or take adapter: lora"
             )
         task, wanted = self.adapter.task_type, self.objective.task
         if task != wanted and (task is not None or wanted != "CAUSAL_LM"):

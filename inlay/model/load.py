@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from inlay.core.errors import UserError, nearest
+from inlay.model.packing import finish, packed_at, reported, wanted
 
 TINY = "inlay-tiny"
 """The name of the embedded base."""
@@ -70,8 +71,6 @@ def load_whole(
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any, tuple[str, ...]]:
     """Return what `load_base` does, and the names of the parameters that are new: a task's head."""
-    if quantize not in (None, "none"):
-        raise UserError(f"quantize={quantize!r} is not there yet: leave it out")
     name = str(name_or_path or TINY)
     source = embedded() if name == TINY else _checked(name)
     if revision is not None and os.path.isdir(source):
@@ -86,16 +85,25 @@ def load_whole(
         config = AutoConfig.from_pretrained(source, **given, **named)
         if labels is not None:
             config.label2id = {label: i for i, label in enumerate(labels)}
-        model, told = _auto(config, task_type).from_pretrained(
-            source,
-            config=config,
-            dtype=chosen,
-            use_safetensors=True,
-            output_loading_info=True,
-            **given,
-        )
-    if task_type in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):  # the other tasks' heads are new
-        _check_whole(name, model, told["missing_keys"])
+        how, packing = {}, wanted(name, config, quantize, where)
+        if packing is not None:
+            how = packing.given_to(config)
+        with reported(name, packing):
+            model, told = _auto(config, task_type).from_pretrained(
+                source,
+                config=config,
+                dtype=chosen,
+                use_safetensors=True,
+                output_loading_info=True,
+                **given,
+                **how,
+            )
+        if packing is not None:
+            finish(model, packing)
+    missing = told["missing_keys"]
+    if task_type not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):  # the other tasks' heads are new
+        missing = [key for key in missing if packed_at(model, key)]
+    _check_whole(name, model, missing)
     if name == TINY:
         # not a path of this machine: adapters are saved with the name of their base
         model.name_or_path = model.config._name_or_path = TINY

@@ -320,11 +320,9 @@ class Roster:
         packing.describe(self.model)
         for ahead in self._ahead.values():
             ahead.close()
-        self._ahead = {}
-        self.configs, self.hosts, self.trainable = {}, {}, set()
+        self.configs, self.hosts, self._ahead, self.trainable = {}, {}, {}, set()
         self._gradients, self._required_grad = Gradients(), None
-        self.selection.merged = ()
-        self.selection.active = ()
+        self.selection.merged = self.selection.active = ()
         return self.model
 
     # -- the base

@@ -78,6 +78,5 @@ def test_a_value_without_a_meaning_here_is_refused():
         resolve(from_mapping({"lora_target_linear": False}))
 
 
-def test_four_bits_are_refused_as_not_there_yet():
-    with pytest.raises(UserError, match=r"nf4, which is not there yet"):
-        resolve_python({"load_in_4bit": True}, {})
+def test_four_bits_are_nf4():
+    assert resolve_python({"load_in_4bit": True}, {}).config.quantize == "nf4"

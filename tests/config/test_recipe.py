@@ -88,10 +88,11 @@ def test_a_wrong_type_names_key_value_and_what_is_expected(recipe, text, told):
         ("data:\n  eval_fraction: 2\n", ["data.eval_fraction=2", "recipe.yaml:2"]),
         ("evaluate:\n  answers: -1\n", ["evaluate.answers", "0 or more", "recipe.yaml:2"]),
         ("adapter: qlora\n", ["'qlora'", "lora"]),
-        ("adapter: {use_qalora: true}\n", ["use_qalora=True", "not supported"]),
+        ("adapter: {velora_config: {r: 1}}\n", ["velora_config=", "not supported"]),
         ("objective: sfd\n", ["'sfd'", "Did you mean 'sft'?"]),
         ("objective: {packing: true}\n", ["'objective.packing'", "'train.packing'"]),
-        ("quantize: nf4\n", ["nf4", "not there yet", "recipe.yaml:1"]),
+        ("quantize: nf4\nadapter: full\n", ["quantize is nf4", "adapter: lora", "recipe.yaml:1"]),
+        ("quantize: nf5\n", ["'nf5'", "nf4", "recipe.yaml:1"]),
         ("adapter: {method: full, r: 8}\n", ["adapter.r", "adapter: full"]),
     ],
 )
