@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         BdLoraConfig,
         CordaConfig,
         EvaConfig,
+        KasaConfig,
         LoftQConfig,
         LoraGAConfig,
     )
@@ -95,8 +96,14 @@ if TYPE_CHECKING:
         initialize_kv_prefix_from_past_key_values,
         initialize_kv_prefix_from_text,
     )
-    from inlay.surface.peft_model import (
-        PeftModel,
+    from inlay.surface.peft_model import PeftModel
+    from inlay.surface.starts import (
+        get_eva_state_dict,
+        initialize_lora_eva_weights,
+        preprocess_corda,
+        preprocess_loraga,
+    )
+    from inlay.surface.tasks import (
         PeftModelForCausalLM,
         PeftModelForFeatureExtraction,
         PeftModelForQuestionAnswering,
@@ -104,12 +111,6 @@ if TYPE_CHECKING:
         PeftModelForSequenceClassification,
         PeftModelForTokenClassification,
         get_peft_model,
-    )
-    from inlay.surface.starts import (
-        get_eva_state_dict,
-        initialize_lora_eva_weights,
-        preprocess_corda,
-        preprocess_loraga,
     )
     from inlay.train.makers import (
         create_lorafa_optimizer,
@@ -149,6 +150,7 @@ __all__ = [
     "HRAConfig",
     "HiraConfig",
     "IA3Config",
+    "KasaConfig",
     "LNTuningConfig",
     "LilyConfig",
     "LoHaConfig",
@@ -221,6 +223,7 @@ _MODULES = {
         "BdLoraConfig",
         "CordaConfig",
         "EvaConfig",
+        "KasaConfig",
         "LoftQConfig",
         "LoraGAConfig",
     ],
@@ -303,9 +306,10 @@ _MODULES = {
         "initialize_kv_prefix_from_past_key_values",
         "initialize_kv_prefix_from_text",
     ],
-    "inlay.surface.peft_model": [
+    "inlay.surface.peft_model": ["PeftModel"],
+    "inlay.surface.tasks": [
         "get_peft_model",
-        *(name for name in __all__ if name.startswith("PeftModel")),
+        *(name for name in __all__ if name.startswith("PeftModelFor")),
     ],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -32,7 +32,7 @@ from inlay.run.measure import measure_answers, measure_labels, measure_loss, tol
 from inlay.run.report import Report, Terminal
 from inlay.run.standing import clear, digests, look, no_junk, only_one
 from inlay.run.starting import Rows, begin, needs_rows, without_start
-from inlay.surface.peft_model import get_peft_model
+from inlay.surface.tasks import get_peft_model
 from inlay.train.evaluate import Score
 from inlay.train.events import Events
 from inlay.train.loop import fit

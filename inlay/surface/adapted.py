@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from inlay.core.errors import UserError
-from inlay.model.ranks import Ranks, names_in_training, penalty
+from inlay.model.ranks import Ranks, names_in_training, penalties
 from inlay.model.roster import Roster
 
 
@@ -58,13 +58,12 @@ class Adapted(nn.Module):
             self._ranks[name].update_and_allocate(global_step)
 
     def penalized(self, outputs: Any) -> Any:
-        """Return a model's outputs, to whose loss AdaLoRA's is added in training."""
+        """Return a model's outputs, to whose loss that of AdaLoRA or KaSA is added in training."""
         if not self.training or not torch.is_grad_enabled():
             return outputs
         if isinstance(getattr(outputs, "loss", None), torch.Tensor):
-            for name in names_in_training(self._roster):
-                if getattr(self._roster.configs[name], "orth_reg_weight", 0):
-                    outputs.loss = outputs.loss + penalty(self._roster, name)
+            for penalty in penalties(self._roster):
+                outputs.loss = outputs.loss + penalty()
         return outputs
 
     def ranks(self, name: str) -> Ranks | None:

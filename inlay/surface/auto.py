@@ -11,8 +11,8 @@ from inlay.checkpoint import folder as files
 from inlay.core.config import AdapterConfig
 from inlay.core.errors import UserError
 from inlay.model.load import load_base, load_tokenizer
-from inlay.surface.peft_model import (
-    PeftModel,
+from inlay.surface.peft_model import PeftModel
+from inlay.surface.tasks import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,

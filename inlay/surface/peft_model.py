@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +313,8 @@ class PeftModel(nn.Module):
         """
         folder = files.fetch(model_id, revision)
         settings = config or files.read_config(folder)
+        from inlay.surface.tasks import CLASSES  # which are classes of this one
+
         kind = CLASSES.get(settings.task_type or "", PeftModel) if cls is PeftModel else cls
         adapted = kind(model)
         adapted.load_adapter(
@@ -354,7 +356,7 @@ class PeftModel(nn.Module):
             check_base=check_base,
         )
         if not autocast_adapter_dtype:
-            _follow_base(self.roster, adapter_name)
+            follow_base(self.roster, adapter_name)
 
     # -- counting
 
@@ -372,77 +374,7 @@ class PeftModel(nn.Module):
         )
 
 
-class PeftModelForCausalLM(PeftModel):
-    """`PeftModel` for task_type CAUSAL_LM."""
-
-    forward = forward_of(*TEXT, "labels")
-
-
-class PeftModelForSeq2SeqLM(PeftModel):
-    """`PeftModel` for task_type SEQ_2_SEQ_LM."""
-
-    forward = forward_of(*TEXT, *DECODER, "labels")
-
-
-class PeftModelForSequenceClassification(PeftModel):
-    """`PeftModel` for task_type SEQ_CLS: the classification head is trained and saved too."""
-
-    forward = forward_of(*TEXT, "labels")
-
-
-class PeftModelForTokenClassification(PeftModel):
-    """`PeftModel` for task_type TOKEN_CLS: the classification head is trained and saved too."""
-
-    forward = forward_of(*TEXT, "labels")
-
-
-class PeftModelForQuestionAnswering(PeftModel):
-    """`PeftModel` for task_type QUESTION_ANS: the span head is trained and saved too."""
-
-    forward = forward_of(*TEXT, *SPANS)
-
-
-class PeftModelForFeatureExtraction(PeftModel):
-    """`PeftModel` for task_type FEATURE_EXTRACTION."""
-
-    forward = forward_of(*TEXT)
-
-
-CLASSES: dict[str, type[PeftModel]] = {
-    "CAUSAL_LM": PeftModelForCausalLM,
-    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
-    "SEQ_CLS": PeftModelForSequenceClassification,
-    "TOKEN_CLS": PeftModelForTokenClassification,
-    "QUESTION_ANS": PeftModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
-}
-
-
-def get_peft_model(
-    model: nn.Module,
-    peft_config: AdapterConfig | Mapping[str, Any],
-    adapter_name: str = "default",
-    *,
-    autocast_adapter_dtype: bool = True,
-    revision: str | None = None,
-) -> PeftModel:
-    """Return `model`, changed in place, with a fresh adapter set into it, ready to be trained.
-
-    autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision; false =
-    the base's dtype. revision: of the base on the hub, noted in the adapter's files.
-    """
-    config = targeted_config(peft_config)
-    if revision is not None:
-        config = config.replace(revision=revision)
-    adapted = CLASSES.get(config.task_type or "", PeftModel)(model)
-    with with_parts(adapted.roster, adapter_name, config):
-        adapted.roster.add(adapter_name, config)
-    if not autocast_adapter_dtype:
-        _follow_base(adapted.roster, adapter_name)
-    return adapted
-
-
-def _follow_base(roster: Roster, name: str) -> None:
+def follow_base(roster: Roster, name: str) -> None:
     """Give the adapter the dtype of the layers it is set into."""
     for _, host, adapter in roster.adapters(name):
         adapter.to(host.base.dtype)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from inlay import LoraConfig, PeftModel, get_peft_model
-from inlay.surface.peft_model import CLASSES
+from inlay.surface.tasks import CLASSES
 
 ROWS = [{"input_ids": [i, i + 1, i + 2], "labels": [i, i + 1, i + 2]} for i in range(3, 11)]
 
