@@ -25,11 +25,12 @@ FIELDS = {
     "inlay.methods.lora:LoraConfig": """
         alora_invocation_tokens alpha_pattern auto_mapping base_model_name_or_path bias corda_config
         ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode
-        init_lora_weights layer_replication layers_pattern layers_to_transform loftq_config lora_alpha
-        lora_bias lora_dropout lora_ga_config modules_to_save peft_type peft_version qalora_group_size r
-        rank_pattern revision target_modules target_parameters task_type trainable_token_indices
-        use_bdlora use_dora use_qalora use_rslora
+        init_lora_weights kasa_config layer_replication layers_pattern layers_to_transform
+        loftq_config lora_alpha lora_bias lora_dropout lora_ga_config modules_to_save peft_type
+        peft_version qalora_group_size r rank_pattern revision target_modules target_parameters
+        task_type trainable_token_indices use_bdlora use_dora use_qalora use_rslora
     """,
+    "inlay.methods._starts:KasaConfig": "beta gamma",
     "inlay.methods._starts:BdLoraConfig": """
         match_strict nblocks target_modules_bd_a target_modules_bd_b
     """,

@@ -55,6 +55,7 @@ PUBLIC = {
     "BOFTConfig",
     "HiraConfig",
     "IA3Config",
+    "KasaConfig",
     "LNTuningConfig",
     "LilyConfig",
     "LoraConfig",

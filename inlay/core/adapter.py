@@ -189,6 +189,10 @@ class Adapter(nn.Module, ABC):
         """Take what a file holds by a name in `computed`, in the place of what computes it."""
         raise NotImplementedError(name)
 
+    def penalty(self) -> Tensor | None:
+        """Return what its settings add to the loss of a training step; most: None."""
+        return None
+
     def unsaved(self) -> dict[str, Tensor]:
         """Return what no file of PEFT's holds, though training goes on with it, by names."""
         return {}

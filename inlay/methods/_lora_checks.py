@@ -10,7 +10,14 @@ from inlay.core.errors import UserError
 INITS = re.compile(
     r"gaussian|pissa|pissa_niter_\d{1,2}|olora|orthogonal|mica|loftq|eva|corda|lora_ga"
 )
-VARIANTS = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens")
+VARIANTS = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "kasa_config",
+)
 """Fields that choose another update than s B A: one of them at most."""
 INPUTS = ("lora_dropout", "bias", "fan_in_fan_out")
 """Fields that say how a layer is called, which a raw parameter is not."""

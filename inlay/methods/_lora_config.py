@@ -18,6 +18,7 @@ from inlay.methods._starts import (
     BdLoraConfig,
     CordaConfig,
     EvaConfig,
+    KasaConfig,
     LoftQConfig,
     LoraGAConfig,
     nested,
@@ -102,8 +103,9 @@ class LoraConfig(TargetedConfig):
     match_strict."""
     arrow_config: dict[str, Any] | None = None
     """PEFT's field for Arrow routing."""
-    kasa_config: dict[str, Any] | None = None
-    """PEFT's field for KaSA."""
+    kasa_config: KasaConfig | dict[str, Any] | None = None
+    """Leave the weight's r smallest singular values out, and give the update values of its own
+    between its factors (KaSA): beta, gamma."""
     ensure_weight_tying: bool = False
     """Where the embedding or the head is named in target_modules or modules_to_save, and the two
     are one weight: adapt both by the embedding's adapter, or copy."""
@@ -121,10 +123,6 @@ class LoraConfig(TargetedConfig):
             "lora_dropout against overfitting"
         ),
         "arrow_config": "Arrow routes tokens among trained LoRAs; X-LoRA does that here",
-        "kasa_config": (
-            "KaSA cuts the smallest singular values off the base itself, which other adapters "
-            "share; take init_lora_weights='pissa' or 'mica'"
-        ),
     }
 
     def __post_init__(self) -> None:
@@ -137,7 +135,8 @@ class LoraConfig(TargetedConfig):
             if field == "loftq_config":  # PEFT keeps this one as a mapping
                 found = {} if found is None else dataclasses.asdict(found)
             object.__setattr__(self, field, found)
-        object.__setattr__(self, "use_bdlora", nested("use_bdlora", BdLoraConfig, self.use_bdlora))
+        for field, cls in (("use_bdlora", BdLoraConfig), ("kasa_config", KasaConfig)):
+            object.__setattr__(self, field, nested(field, cls, getattr(self, field)))
         token_settings(self.trainable_token_indices)
         check_together(self)
 

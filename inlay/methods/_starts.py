@@ -96,6 +96,22 @@ class LoftQConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class KasaConfig:
+    """KaSA: how much training holds the update to the form of singular values and vectors."""
+
+    beta: Scale = 1e-4
+    """Weight in the loss of the squares of d."""
+    gamma: Scale = 1e-3
+    """Weight in the loss of A and B being far from orthogonal."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        limits.check(self)
+        if min(self.beta, self.gamma) < 0:
+            raise UserError(f"kasa_config: beta={self.beta} and gamma={self.gamma} are at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class BdLoraConfig:
     """BD-LoRA: which factors are block-diagonal, so that each of as many devices needs one block.
 

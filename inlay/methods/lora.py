@@ -129,6 +129,10 @@ def _chosen(config: LoraConfig) -> type[Adapter]:
         from inlay.methods._bdlora import BDLora
 
         return BDLora
+    if config.kasa_config:
+        from inlay.methods._kasa import Kasa
+
+        return Kasa
     if config.alora_invocation_tokens:
         from inlay.methods._alora import ALora
 

@@ -10,12 +10,15 @@ section 3.3 and equation 12).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from inlay.core.adapter import Adapter
 from inlay.core.errors import UserError
 from inlay.methods.adalora import AdaLora, AdaLoraConfig
 from inlay.model.roster import Roster
@@ -201,6 +204,23 @@ def names_in_training(roster: Roster) -> list[str]:
         for name in roster.selection.active
         if name in roster.trainable and isinstance(roster.configs[name], AdaLoraConfig)
     ]
+
+
+def penalties(roster: Roster) -> list[Callable[[], Any]]:
+    """Return what a training step's loss gets beside the objective's, of the adapters in training.
+
+    Each function gives a term anew.
+    """
+    found: list[Callable[[], Any]] = []
+    for name in roster.selection.active:
+        if name not in roster.trainable:
+            continue
+        if getattr(roster.configs[name], "orth_reg_weight", 0):
+            found.append(partial(penalty, roster, name))
+        for _, _, adapter in roster.adapters(name):
+            if type(adapter).penalty is not Adapter.penalty:
+                found.append(adapter.penalty)
+    return found
 
 
 def penalty(roster: Roster, name: str) -> Tensor:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from inlay.core.errors import UserError
-from inlay.model.ranks import Ranks, names_in_training, penalty
+from inlay.model.ranks import Ranks, names_in_training, penalties
 from inlay.train.distributed import add_up, rank, world
 from inlay.train.evaluate import evaluate_loss
 from inlay.train.events import Events, memory_mb
@@ -108,13 +107,9 @@ class _Run:
         roster: Any = getattr(model, "roster", None)
         names = [] if roster is None else names_in_training(roster)
         self.ranks = [Ranks(roster, name, self.total) for name in names]
-        penalties = [
-            partial(penalty, roster, ranks.name)
-            for ranks in self.ranks
-            if ranks.config.orth_reg_weight
-        ]
+        added = [] if roster is None else penalties(roster)
         self.stepper = Stepper(
-            model, self.parameters, objective, tokenizer, precision, config.seed, penalties
+            model, self.parameters, objective, tokenizer, precision, config.seed, added
         )
         self.eval_every = config.eval_steps or self.order.steps_per_epoch
         self.progress = Progress()

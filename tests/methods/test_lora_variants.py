@@ -19,9 +19,13 @@ from inlay.core.inlaid import Inlaid
 from inlay.core.selection import Selection
 from inlay.methods import method
 from inlay.methods.lora import LoraConfig
+from inlay.model.ranks import penalties
 from inlay.train.factors import is_second
 from tests.laws.samples import Mixture
 from tests.methods.bases import bert, build, llama, output, randomize
+
+# PEFT's, of a name in transformers that will go
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
 def made(layer: nn.Module, path: str = "", **settings: Any) -> Any:
@@ -241,3 +245,33 @@ def test_several_parameters_of_one_module_have_ranks_of_their_own_and_leave_the_
 def test_what_raw_parameters_cannot_be_is_refused(settings, says):
     with pytest.raises(UserError, match=says):
         inlay.get_peft_model(mixture(), LoraConfig(**settings))
+
+
+def test_kasa_leaves_out_the_smallest_singular_values_and_the_base_as_it_is():
+    layer = nn.Linear(6, 5)
+    before, base = layer.weight.clone(), view(layer)
+    adapter = made(layer, kasa_config={}, r=2)
+    u, s, v = torch.linalg.svd(before)
+    kept = u[:, :3] * s[:3] @ v[:3]
+    torch.testing.assert_close(adapter.reweight(layer.weight, None)[0], kept)
+    assert torch.equal(layer.weight, before)
+    x = torch.randn(4, 6)
+    dropping = made(layer, kasa_config={}, r=2, lora_dropout=0.5).train()
+    torch.testing.assert_close(dropping(base, x), x @ kept.T + layer.bias)  # B is zero yet
+    with pytest.raises(UserError, match=r"takes 5 singular values off a weight .* r=4 at most"):
+        made(layer, kasa_config={}, r=5)
+
+
+def test_kasas_loss_is_pefts_and_is_added_to_a_models_in_training(tmp_path):
+    peft = pytest.importorskip("peft")
+    told = {"beta": 0.5, "gamma": 0.25}
+    theirs = peft.get_peft_model(build(llama), peft.LoraConfig(r=2, kasa_config=told))
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = inlay.PeftModel.from_pretrained(build(llama), tmp_path, is_trainable=True)
+    ids = torch.arange(3, 13)[None]
+    plain = ours.eval()(input_ids=ids, labels=ids).loss
+    added = ours.train()(input_ids=ids, labels=ids).loss - plain
+    torch.testing.assert_close(added, theirs.base_model._get_kasa_loss())
+    terms = [term().detach() for term in penalties(ours.roster)]
+    torch.testing.assert_close(torch.stack(terms).sum(), added.detach())

@@ -20,6 +20,7 @@ LAWS = [
     {"lora_bias": True, "bias": "lora_only", "r": 2, "lora_alpha": 3},
     {"use_qalora": True, "qalora_group_size": 2, "r": 2},
     {"use_bdlora": {"target_modules_bd_a": [""], "nblocks": 2}, "r": 2, "lora_alpha": 2},
+    {"kasa_config": {}, "r": 2, "lora_alpha": 2},
     {"use_bdlora": {"match_strict": False}, "r": 2, "lora_alpha": 2},
 ]
 PEFT = {
@@ -76,6 +77,7 @@ PEFT = {
         gpt_oss,
         {"r": 2, "lora_alpha": 3, "target_parameters": ["gate_up_proj", "down_proj"]},
     ),
+    "KaSA": (llama, {"r": 4, "kasa_config": {"beta": 1e-4}}),
     "aLoRA": (llama, {"r": 4, "alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"}),
 }
 # where embedding and head are one weight, PEFT adds what is meant for each of them to it
