@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from inlay.core.errors import UserError, nearest
 
-ORDER = ("train", "compare", "chat", "eval", "merge", "info")
+ORDER = ("train", "compare", "chat", "eval", "merge", "quantize", "info")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -123,7 +123,7 @@ def _help() -> str:
     lines = ["inlay: parameter-efficient fine-tuning", "", "usage: inlay COMMAND ...", ""]
     for name in commands():
         module = importlib.import_module(f"{__name__}.{name}")
-        lines.append(f"  {name:8}{(module.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:9}{(module.__doc__ or '').splitlines()[0]}")
     lines += ["", "inlay COMMAND --help tells more; inlay --version; docs/cli.md has all of it"]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-r"""Train several methods alike and report quality, size, memory and time.
+r"""Train several methods alike; report quality, size, memory and time.
 
     inlay compare recipe.yaml --methods lora,dora,ia3,full
     inlay compare recipe.yaml --methods small=lora,large=lora \

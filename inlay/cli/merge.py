@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Merge, write, say where."""
     from inlay.checkpoint.export import export_model
     from inlay.core.errors import UserError
+    from inlay.model.packing import unpack
     from inlay.run.opening import open_trained
 
     folder = Path(arguments.folder).expanduser()
@@ -45,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.source, arguments.base_model, check_base=not arguments.any_base
     )
     plain = model.merge_and_unload(safe_merge=True) if hasattr(model, "roster") else model
+    unpack(plain)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     export_model(plain, tokenizer, folder, dtype=dtype)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -13,7 +13,7 @@ from inlay.cli import commands, train
 
 
 def test_the_commands_are_the_files(inlay):
-    assert commands() == ["train", "compare", "chat", "eval", "merge", "info"]
+    assert commands() == ["train", "compare", "chat", "eval", "merge", "quantize", "info"]
     code, out, _ = inlay("--help")
     assert code == 0
     assert [name for name in commands() if f"\n  {name} " not in out] == []
@@ -27,7 +27,7 @@ def test_the_help_fits_a_terminal_of_80_columns(inlay, monkeypatch):
         assert [line for line in lines if len(line) > 80 and not line.startswith("  --")] == []
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "chat", "eval", "merge", "info"])
+@pytest.mark.parametrize("command", commands())
 def test_every_command_has_help_with_examples(inlay, command):
     code, out, _ = inlay(command, "--help")
     assert code == 0

@@ -1,0 +1,83 @@
+"""`inlay quantize`: a folder in 4 bits, written whole or not at all, that trains and merges."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from inlay.bases.nf4 import PackedLinear
+from inlay.model.load import embedded, load_base
+from tests.cli.conftest import SMALL
+
+IDS = torch.arange(3, 23)[None]
+
+
+def test_the_folder_is_the_base_packed_as_it_was_loaded(inlay):
+    code, out, _ = inlay("quantize", "inlay-tiny", "packed", "--device", "cpu")
+    assert code == 0
+    assert out.startswith("packed: LlamaForCausalLM, 35 layers of 2,027,520 values in nf4, 493,632")
+    assert sum(p.stat().st_size for p in Path("packed").iterdir()) < 3.4e6
+    there, tokenizer = load_base("packed", device="cpu")
+    here, _ = load_base(quantize="nf4", device="cpu")
+    assert torch.equal(there(IDS).logits, here(IDS).logits)
+    assert tokenizer.chat_template
+    assert not [path for path in Path().iterdir() if path.name.endswith(".partial")]
+
+
+def test_it_tells_one_json_object(inlay):
+    words = ["--kind", "fp4", "--dtype", "bfloat16", "--device", "cpu", "--json"]
+    code, out, _ = inlay("quantize", embedded(), "packed", *words)
+    told = json.loads(out)
+    assert (code, told["event"], told["kind"], told["layers"]) == (0, "quantized", "fp4", 35)
+    model, _ = load_base("packed")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {m.kind for m in model.modules() if isinstance(m, PackedLinear)} == {"fp4"}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["inlay-tiny", "full"], "full exists already"),
+        (["inlay-tiny", "full/file"], "full/file exists already"),
+        (["inlay-tiny", "out", "--kind", "nf5"], "'nf5' is not one of nf4, fp4"),
+        (["./nope", "out"], "no such folder"),
+        (["packed", "out", "--kind", "fp4"], "quantized already, as nf4"),
+    ],
+)
+def test_what_cannot_be_written_is_one_error_and_leaves_nothing(inlay, words, told):
+    Path("full").mkdir()
+    Path("full/file").write_text("mine")
+    if words[0] == "packed":
+        assert inlay("quantize", "inlay-tiny", "packed")[0] == 0
+    code, _, errors = inlay("quantize", *words)
+    assert (code, told in errors) == (2, True), errors
+    assert not Path("out").exists()
+    assert Path("full/file").read_text() == "mine"
+
+
+def test_a_full_disk_is_known_before_anything_is_written(inlay, monkeypatch):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 << 20))
+    code, _, errors = inlay("quantize", "inlay-tiny", "deep/packed")
+    assert code == 2
+    assert "takes 3 MiB, and its disk has 2 free" in errors
+    assert not Path("deep").exists()
+
+
+def test_a_packed_base_trains_and_its_run_merges_into_a_plain_folder(inlay):
+    assert inlay("quantize", "inlay-tiny", "packed")[0] == 0
+    for words in (["--base_model", "packed"], ["--quantize", "nf4"]):
+        run = f"runs/{words[-1]}"
+        code, _, errors = inlay(
+            "train", "--data", "chats.jsonl", "--output_dir", run, *words, *SMALL
+        )
+        assert code == 0, errors
+        assert inlay("merge", run, f"merged-{words[-1]}")[0] == 0
+        merged, _ = load_base(f"merged-{words[-1]}", device="cpu")
+        assert not [m for m in merged.modules() if isinstance(m, PackedLinear)]
+        assert not hasattr(merged.config, "quantization_config")
+        assert inlay("eval", run)[0] == 0
