@@ -115,8 +115,8 @@ class LoraConfig(TargetedConfig):
         "megatron_config": "inlay runs no Megatron; leave it unset",
         "megatron_core": "inlay runs no Megatron; leave it as it is",
         "velora_config": (
-            "VeLoRA compresses what the backward pass keeps of the inputs, which gradient "
-            "checkpointing does here; leave it unset"
+            "VeLoRA takes the gradient of A from compressed inputs, so no longer the loss's; "
+            "gradient checkpointing saves their memory and keeps it exact"
         ),
         "monteclora_config": (
             "MonteCLoRA draws the factors anew at each step and adds a loss of its own; take "

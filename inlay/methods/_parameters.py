@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -63,9 +64,13 @@ class ParameterLora(Reweight):
             experts, outputs, inputs = self._sizes(p)
             a = self.get_parameter(f"{name}_lora_A").to(p.dtype).view(experts, r, inputs)
             b = self.get_parameter(f"{name}_lora_B").to(p.dtype).view(outputs, r, experts)
-            delta = scaling * (b.permute(2, 0, 1) @ a)
-            flipped = self._flipped and p.ndim == 3
-            found[name] = p + (delta.mT if flipped else delta).reshape(p.shape)
+            left, right = b.permute(2, 0, 1), a
+            if self._flipped and p.ndim == 3:
+                left, right = right.mT, left.mT
+            with torch.autocast(p.device.type, enabled=False):  # the parameter keeps its dtype
+                # one tensor of the stack's size, and none for the update
+                stack = p.view(experts, left.shape[1], right.shape[2])
+                found[name] = torch.baddbmm(stack, left, right, alpha=scaling).view(p.shape)
         return found
 
     def reweight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

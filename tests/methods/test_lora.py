@@ -100,7 +100,7 @@ def test_a_site_takes_the_rank_and_alpha_of_the_first_pattern_that_names_it():
         ({"bias": "some"}, "bias='some' is not one of none, all, lora_only"),
         ({"init_lora_weights": "pizza"}, "init_lora_weights='pizza' is not one of"),
         ({"use_dora": True, "init_lora_weights": "pissa"}, "use_dora goes with the plain starts"),
-        ({"velora_config": {"r": 1}}, "velora_config=.* is not supported: VeLoRA compresses"),
+        ({"velora_config": {"r": 1}}, "velora_config=.* is not supported: VeLoRA takes the grad"),
         ({"kasa_config": {"beta": -1}}, "beta=-1 and gamma=0.001 are at least 0"),
         ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias do not go together"),
         ({"lora_bias": True, "init_lora_weights": "olora"}, "lora_bias goes with the plain starts"),
