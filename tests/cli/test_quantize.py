@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from inlay import UserError
 from inlay.bases.nf4 import PackedLinear
 from inlay.model.load import embedded, load_base
+from inlay.run import agreement
 from tests.cli.conftest import SMALL
 
 IDS = torch.arange(3, 23)[None]
@@ -76,8 +80,52 @@ def test_a_packed_base_trains_and_its_run_merges_into_a_plain_folder(inlay):
             "train", "--data", "chats.jsonl", "--output_dir", run, *words, *SMALL
         )
         assert code == 0, errors
-        assert inlay("merge", run, f"merged-{words[-1]}")[0] == 0
+        code, out, errors = inlay("merge", run, f"merged-{words[-1]}")
+        assert code == 0, errors
+        assert re.match(
+            r"(100\.0|99\.\d)% of \d+ tokens of 3 rows as before the merge, mean KL", out
+        )
         merged, _ = load_base(f"merged-{words[-1]}", device="cpu")
         assert not [m for m in merged.modules() if isinstance(m, PackedLinear)]
         assert not hasattr(merged.config, "quantization_config")
         assert inlay("eval", run)[0] == 0
+
+
+def test_a_merge_that_changes_what_is_said_is_refused_before_anything_is_written(
+    inlay, monkeypatch
+):
+    words = ["--quantize", "nf4", "--output_dir", "run", *SMALL]
+    assert inlay("train", "--data", "chats.jsonl", *words)[0] == 0
+    real = agreement.says
+
+    def other(model, rows):
+        return [p.roll(1, -1) if hasattr(model, "roster") else p for p in real(model, rows)]
+
+    monkeypatch.setattr(agreement, "says", other)
+    code, _, errors = inlay("merge", "run", "merged")
+    assert code == 2
+    assert "says 0.0% of" in errors
+    assert "at least 95% must agree" in errors
+    assert not Path("merged").exists()
+    assert inlay("merge", "run", "merged", "--min_agreement", "0")[0] == 0
+
+
+def test_a_merge_without_rows_says_so(inlay):
+    words = ["--quantize", "nf4", "--output_dir", "run", *SMALL]
+    assert inlay("train", "--data", "chats.jsonl", *words)[0] == 0
+    Path("chats.jsonl").unlink()
+    code, out, _ = inlay("merge", "run", "merged")
+    assert code == 0
+    assert out.startswith("not compared before and after: ")
+    assert inlay("merge", "run/adapter", "other")[0] == 0
+
+
+def test_agreement_is_counted_by_token():
+    one = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1]]).log()
+    other = torch.tensor([[0.2, 0.7, 0.1], [0.1, 0.8, 0.1]]).log()
+    found = agreement.compare([one, one], [other, one])
+    assert (found.rows, found.tokens, found.top1) == (2, 4, 0.75)
+    assert found.kl == pytest.approx(0.5 * math.log(3.5) / 4, rel=1e-5)
+    found.require(0.75)
+    with pytest.raises(UserError, match=r"75.0% of 4 tokens of 2 rows"):
+        found.require(0.76)
