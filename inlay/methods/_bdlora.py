@@ -15,7 +15,7 @@ from inlay.core.base import Base
 from inlay.core.errors import UserError
 from inlay.core.numbers import check_divides
 from inlay.methods._starts import BD_LISTS, BdLoraConfig
-from inlay.methods.lora import NAMES, LoraConfig, draw
+from inlay.methods.lora import LoraConfig, draw, named_as_modules
 
 
 class BDLora(Delta):
@@ -56,7 +56,4 @@ class BDLora(Delta):
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return PEFT's names."""
-        found = super().keys(base)
-        for key, name in zip(NAMES, ("lora_A", "lora_B"), strict=True):
-            found[key] = found.pop(name)
-        return found
+        return named_as_modules(super().keys(base))

@@ -13,7 +13,7 @@ from inlay.core.adapter import Delta
 from inlay.core.base import Base
 from inlay.core.errors import UserError
 from inlay.methods._starts import KasaConfig
-from inlay.methods.lora import NAMES, LoraConfig, draw
+from inlay.methods.lora import LoraConfig, draw, named_as_modules
 
 
 class Kasa(Delta):
@@ -87,7 +87,4 @@ class Kasa(Delta):
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return PEFT's names."""
-        found = super().keys(base)
-        for key, name in zip(NAMES, ("lora_A", "lora_B"), strict=True):
-            found[key] = found.pop(name)
-        return found
+        return named_as_modules(super().keys(base))

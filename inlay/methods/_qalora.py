@@ -15,7 +15,7 @@ from torch import Tensor
 from inlay.core.adapter import Delta
 from inlay.core.base import Base
 from inlay.core.numbers import check_divides
-from inlay.methods.lora import NAMES, LoraConfig, draw
+from inlay.methods.lora import LoraConfig, draw, named_as_modules
 
 
 class QALora(Delta):
@@ -53,7 +53,4 @@ class QALora(Delta):
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return PEFT's names."""
-        found = super().keys(base)
-        for key, name in zip(NAMES, ("lora_A", "lora_B"), strict=True):
-            found[key] = found.pop(name)
-        return found
+        return named_as_modules(super().keys(base))

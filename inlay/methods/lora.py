@@ -6,6 +6,7 @@ Hu et al., arXiv:2106.09685; the square root is rsLoRA's, arXiv:2312.03732.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,13 @@ def draw(config: LoraConfig, a: Tensor, b: Tensor) -> None:
     else:
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
     nn.init.zeros_(b) if init else nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+
+
+def named_as_modules(
+    keys: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return an adapter's keys with those of A and B as PEFT has them, of modules."""
+    return {f"{key}.weight" if key in ("lora_A", "lora_B") else key: keys[key] for key in keys}
 
 
 def _chosen(config: LoraConfig) -> type[Adapter]:

@@ -225,6 +225,30 @@ def test_several_parameters_of_one_module_have_ranks_of_their_own_and_leave_the_
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+def test_parameters_alone_are_adapted_where_no_modules_are_named():
+    for more in ({}, {"target_modules": []}):
+        model = inlay.get_peft_model(mixture(), LoraConfig(target_parameters=["router"], **more))
+        assert list(model.roster.hosts) == ["0"]
+
+
+def test_rows_with_tied_layers_and_without_compute_in_one_batch_what_they_do_alone():
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    model = inlay.get_peft_model(build(tied_llama), config).eval()
+    model.add_adapter("tokens", LoraConfig(r=2, trainable_token_indices=[4, 5]))
+    model.set_adapter("tokens")
+    randomize(model)
+    model.set_adapter("default")
+    randomize(model)
+    ids = torch.arange(3, 13).expand(3, -1)
+    names = ["tokens", "default", "__base__"]
+    mixed = model(input_ids=ids, adapter_names=names).logits
+    alone = [build(tied_llama)(input_ids=ids[:1]).logits]
+    for name in ("default", "tokens"):
+        model.set_adapter(name)
+        alone.insert(0, model(input_ids=ids[:1]).logits)
+    torch.testing.assert_close(mixed, torch.cat(alone), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
