@@ -14,7 +14,7 @@ from tests.methods.bases import settings_of_methods
 
 SETTINGS: dict[str, dict[str, Any]] = {
     name: getattr(module, "NEEDED", {}) for name, module in settings_of_methods().items()
-} | {"c3a": {"block_size": 32}, "road": {"group_size": 32}}
+} | {"c3a": {"block_size": 32}, "road": {"group_size": 32}, "vblora": {"vector_length": 32}}
 REFUSED = {
     "bitfit": "no layer of this LlamaForCausalLM has a bias",
     "xlora": "must name the LoRAs to mix",

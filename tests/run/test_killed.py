@@ -65,13 +65,13 @@ def test_told_to_end_it_finishes_the_step_saves_exits_with_0_and_goes_on(chats):
 
 
 def test_told_to_end_before_the_first_step_it_exits_with_0(chats, monkeypatch, capsys):
-    import inlay.run.training
+    import inlay.run.loaded
 
     def told(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
-    monkeypatch.setattr(inlay.run.training, "load_base", told)
+    monkeypatch.setattr(inlay.run.loaded, "load_whole", told)
     assert main(["train", "--data", "chats.jsonl"]) == 0
     assert "the same command goes on" in capsys.readouterr().err
     assert not Path("runs").exists()
