@@ -93,8 +93,8 @@ class PackedLinear(nn.Linear, PackedModule):
 
     @property
     def numel(self) -> int:
-        """How many values the weight has."""
-        return self.in_features * self.out_features
+        """How many values the weight has; none while a merged one stands in for it."""
+        return 0 if self.dense is not None else self.in_features * self.out_features
 
     @property
     def packed(self) -> Packed:

@@ -145,7 +145,7 @@ class PackedModule(nn.Module, ABC):
     @property
     @abstractmethod
     def numel(self) -> int:
-        """How many values the packed weight has."""
+        """How many values the packed weight has; none while a merged one stands in for it."""
 
     @abstractmethod
     def unpacked(self) -> nn.Module:

@@ -26,6 +26,8 @@ NESTED = 256
 """Magnitudes that share a second one in double quantization."""
 STEPS = 1 << 16
 """Steps from -1 to 1 that a magnitude is rounded to before its 8-bit code is looked up."""
+CELLS = 1024
+"""Parts of [-1, 1], small enough that no two of a table's middles share one."""
 PIECE = 1 << 20
 """Values worked on at a time, so that what is computed on the way stays at a few megabytes."""
 NF4 = (
@@ -85,21 +87,18 @@ def quantize(weight: Tensor, kind: str = "nf4", block: int = 64, double: bool = 
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"a weight of {weight.dtype} is not quantized; give it in 32 or 16 bits")
     flat = weight.detach().reshape(-1)
-    bounds, order = _bounds(kind, flat.device)
     codes = torch.empty((len(flat) + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-len(flat) // block), device=flat.device)
     for start in range(0, len(flat), PIECE):
         piece, most = _scaled(flat[start : start + PIECE].float(), block)
+        if not most.isfinite().all():
+            raise UserError("a weight with values that are NaN or infinite is not quantized")
         absmax[start // block :][: len(most)] = most
-        found = torch.bucketize(piece, bounds, out_int32=True)
-        found = (found if order is None else order[found]).to(torch.uint8)
-        if len(found) % 2:
+        if len(piece) % 2:
             # the half of the last byte that is left over holds the code of zero
-            zero = torch.bucketize(piece.new_zeros(1), bounds)
-            found = torch.cat([found, (zero if order is None else order[zero]).to(torch.uint8)])
+            piece = torch.cat([piece, piece.new_zeros(1)])
+        found = _nearest(piece, kind)
         codes[start // 2 :][: len(found) // 2] = found[::2] << 4 | found[1::2]
-    if not absmax.isfinite().all():
-        raise UserError("a weight with values that are NaN or infinite is not quantized")
     if not double:
         return Packed(codes, absmax, kind, block, tuple(weight.shape))
     offset = absmax.mean()
@@ -227,10 +226,33 @@ def _table(kind: str, device: torch.device) -> Tensor:
     return torch.tensor(TABLES[kind], device=device)
 
 
+def _nearest(values: Tensor, kind: str) -> Tensor:
+    """Return the code [n] uint8 of the table's value nearest to each in [-1, 1]; ties go down.
+
+    As `torch.bucketize` finds it among the 15 middles between neighbors, in a fifth of its time:
+    each of 1024 cells has one of them at most, so its place in the cell decides.
+    """
+    below, middle, order = _cells(kind, values.device)
+    cell = _cell(values)
+    found = below.index_select(0, cell)
+    found.add_(values > middle.index_select(0, cell))
+    return found if order is None else order.index_select(0, found.int())
+
+
+def _cell(values: Tensor) -> Tensor:
+    return ((values + 1) * (CELLS // 2)).int()
+
+
 @cache
-def _bounds(kind: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return where one code gives way to the next [15], and the codes by value where not sorted."""
+def _cells(kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return how many middles lie in cells before each [1025], and the next one after those [1025].
+
+    And the codes by their values, where they are not in rising order.
+    """
     values = table(kind, device)
     order = values.argsort()
     rising = values[order]
-    return (rising[:-1] + rising[1:]) / 2, None if kind == "nf4" else order
+    middles = (rising[:-1] + rising[1:]) / 2
+    below = torch.bucketize(torch.arange(CELLS + 1, device=device), _cell(middles).long())
+    ends = torch.cat([middles, middles.new_full((1,), 2.0)])
+    return below.to(torch.uint8), ends[below], None if kind == "nf4" else order.to(torch.uint8)

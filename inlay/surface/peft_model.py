@@ -23,6 +23,7 @@ from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
 from inlay.core.selection import TASKS
 from inlay.core.targeted import TargetedConfig
+from inlay.model import packing
 from inlay.model.combine import Way, combine
 from inlay.model.convert import Approximation, convert
 from inlay.model.roster import Roster
@@ -361,9 +362,13 @@ class PeftModel(nn.Module):
     # -- counting
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return (trainable, all) parameters, adapters included; a shared one counts once."""
+        """Return (trainable, all) parameters, adapters included; a shared one counts once.
+
+        A packed weight counts as the values it stands for.
+        """
         counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+        every = sum(n for n, _ in counts) + packing.count(self)[1]
+        return sum(n for n, trained in counts if trained), every
 
     def print_trainable_parameters(self) -> None:
         """Print the counts on one line."""

@@ -197,6 +197,15 @@ def test_a_merge_puts_plain_layers_there_and_an_unmerge_the_codes():
     assert torch.equal(merged.one.weight, exact.bfloat16())
 
 
+def test_a_packed_weight_counts_as_its_values_once():
+    model = adapted()
+    base = 64 * 64 + 64 + 8 * 64
+    expected = (2 * (64 + 64) + 2 * (64 + 8), base + 2 * (64 + 64) + 2 * (64 + 8))
+    assert model.get_nb_trainable_parameters() == expected
+    model.merge_adapter()
+    assert model.get_nb_trainable_parameters() == expected
+
+
 def test_unloading_leaves_the_codes():
     model = adapted()
     plain = model.unload()

@@ -110,3 +110,19 @@ def test_what_cannot_be_quantized_is_refused_by_its_name():
     ):
         with pytest.raises(UserError, match=text):
             codec.quantize(weight, **given)
+
+
+@pytest.mark.parametrize("kind", codec.KINDS)
+def test_the_code_is_that_of_the_nearest_value_also_at_the_middles(kind):
+    rising = codec.table(kind).sort().values
+    middles = (rising[:-1] + rising[1:]) / 2
+    near = [
+        middles,
+        middles.nextafter(-rising.new_ones(15)),
+        middles.nextafter(rising.new_ones(15)),
+    ]
+    values = torch.cat([*near, rising, torch.linspace(-1, 1, 100_001)])
+    found = codec.table(kind)[codec._nearest(values, kind).int()]
+    assert torch.equal(found, rising[torch.bucketize(values, middles)])
+    # no two middles share a cell
+    assert len(codec._cell(middles).unique()) == 15
