@@ -8,11 +8,15 @@ from typing import Any
 from inlay.config.dump import in_line
 from inlay.config.resolve import DEFAULT, Resolved
 from inlay.config.schema import flatten, keys, objective_name
+from inlay.core.base import PackedModule
 from inlay.data.dataset import Prepared
 from inlay.train.distributed import world
 from inlay.train.order import Order
 from inlay.train.precision import device_of
 from inlay.train.settings import TrainConfig
+
+ASKED = ("r", "alpha", "dropout", "rank", "tokens", "block_size")
+"""What the names of settings end in that are told also where nobody set them."""
 
 
 def facts(resolved: Resolved, model: Any, data: Prepared, precision: Any) -> dict[str, list[str]]:
@@ -40,9 +44,11 @@ def settings(resolved: Resolved) -> list[str]:
 def base(model: Any) -> str:
     """Return name, class, size, dtype and device of the base."""
     plain = model.get_base_model()
-    own = sum(p.numel() for p in plain.parameters()) - _trained(model)
-    size = count(own if model.roster.hosts else own + _trained(model))
+    trained, total = model.get_nb_trainable_parameters()
+    size = count(total - trained if model.roster.hosts else total)
     dtype = str(next(plain.parameters()).dtype).removeprefix("torch.")
+    packed = sum(isinstance(module, PackedModule) for module in plain.modules())
+    dtype += f" but for {several(packed, 'layer')} in 4 bits" if packed else ""
     name = getattr(plain, "name_or_path", "") or "a model"
     return f"{name}: {type(plain).__name__}, {size} parameters, {dtype}, on {device_of(model)}"
 
@@ -65,7 +71,11 @@ def adapter(resolved: Resolved, model: Any) -> list[str]:
     told = [
         f"{key.last} {getattr(config, key.last):g}"
         for key in keys(str(config.method).lower()).values()
-        if key.block == "adapter" and key.shown and key.type in (int, float)
+        if key.block == "adapter"
+        and key.shown
+        and key.type in (int, float)
+        # of what is as it is by default, only what everyone asks for
+        and (getattr(config, key.last) != key.default or key.last.endswith(ASKED))
     ]
     return [f"{str(config.method).lower()} {layers}; {', '.join(told)}", share]
 
@@ -118,7 +128,3 @@ def count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return str(number)
-
-
-def _trained(model: Any) -> int:
-    return int(model.get_nb_trainable_parameters()[0])
