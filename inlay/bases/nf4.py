@@ -1,4 +1,4 @@
-"""A linear layer with its frozen weight in 4-bit codes: y = x W^T + b, W dequantized as it runs.
+"""A linear layer with its frozen weight in 4 or 8 bits: y = x W^T + b, W dequantized as it runs.
 
 QLoRA (Dettmers et al., arXiv:2305.14314); the codes are those of `kernels.codec`.  O output
 features, I input features.  Neither pass keeps the dequantized weight: each makes it again, on the
@@ -30,10 +30,11 @@ STATE = "weight.quant_state.bitsandbytes__"
 
 
 class PackedLinear(nn.Linear, PackedModule):
-    """`nn.Linear` with its weight in 4-bit codes.
+    """`nn.Linear` with its weight in codes.
 
     weight uint8 [ceil(O*I/2), 1]; absmax [blocks], and nested_absmax [ceil(blocks/256)] where those
-    are quantized too. While an adapter is merged, `dense` [O, I] stands in for them all.
+    are quantized too. In int8, weight int8 [O, I] and absmax [O]. While an adapter is merged,
+    `dense` [O, I] stands in for them all.
     """
 
     dense: nn.Parameter | None
@@ -59,9 +60,11 @@ class PackedLinear(nn.Linear, PackedModule):
         self.in_features, self.out_features = in_features, out_features
         self.kind, self.block, self.offset = kind, block, 0.0
         n = in_features * out_features
-        blocks = -(-n // block)
-        empty = torch.empty
-        self.register_buffer("weight", empty((n + 1) // 2, 1, dtype=torch.uint8, device=device))
+        empty, room = torch.empty, ((n + 1) // 2, 1)
+        if kind == codec.INT8:  # a block is a row
+            self.block, double, room = in_features, False, (out_features, in_features)
+        blocks, stored = -(-n // self.block), _stored(kind)
+        self.register_buffer("weight", empty(room, dtype=stored, device=device))
         scales = empty(blocks, dtype=torch.uint8 if double else torch.float32, device=device)
         nested = empty(-(-blocks // codec.NESTED), device=device) if double else None
         # persistent, though the state dict holds them by other names: transformers makes anew what
@@ -100,18 +103,20 @@ class PackedLinear(nn.Linear, PackedModule):
     def packed(self) -> Packed:
         """The codes and what turns them into the weight [O, I]; nothing is copied."""
         shape = (self.out_features, self.in_features)
-        codes, nested = self.weight.view(-1), self.nested_absmax
+        codes, nested = self.weight.view(torch.uint8).view(-1), self.nested_absmax
         return Packed(codes, self.absmax, self.kind, self.block, shape, nested, self.offset)
 
     def pack(self, weight: Tensor) -> None:
         """Take the weight [O, I], in codes, on its device."""
         double = self.nested_absmax is not None
-        self.take(codec.quantize(weight.contiguous(), self.kind, self.block, double))
+        block = 64 if self.kind == codec.INT8 else self.block
+        self.take(codec.quantize(weight.contiguous(), self.kind, block, double))
 
     def take(self, packed: Packed) -> None:
         """Take the codes of a weight [O, I]."""
         assert packed.shape == (self.out_features, self.in_features)
-        self.weight = packed.codes.view(-1, 1)
+        room = packed.shape if packed.kind == codec.INT8 else (-1, 1)
+        self.weight = packed.codes.view(_stored(packed.kind)).view(room)
         self.absmax, self.nested_absmax = packed.absmax, packed.nested
         self.kind, self.block, self.offset = packed.kind, packed.block, packed.offset
         self.like = self.like.new_empty(0, device=packed.codes.device)
@@ -163,6 +168,9 @@ class PackedLinear(nn.Linear, PackedModule):
     def parts(self) -> dict[str, Tensor]:
         """Return what a state dict holds beside `weight`, as bitsandbytes names it."""
         where = self.weight.device
+        if self.kind == codec.INT8:
+            row_by_row = torch.tensor(0, dtype=torch.uint8, device=where)
+            return {"SCB": self.absmax, "weight_format": row_by_row}
         told: dict[str, Any] = {
             "quant_type": self.kind,
             "blocksize": self.block,
@@ -190,7 +198,8 @@ class PackedLinear(nn.Linear, PackedModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        own = {key for key in state_dict if key.startswith(f"{prefix}weight.")}
+        rows = {f"{prefix}SCB", f"{prefix}weight_format"}
+        own = {k for k in state_dict if k.startswith(f"{prefix}weight.") or k in rows}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -203,7 +212,7 @@ class PackedLinear(nn.Linear, PackedModule):
         try:
             self.take(read(state_dict[f"{prefix}weight"].to(self.weight.device), parts))
         except (ValueError, AssertionError) as error:
-            error_msgs.append(f"{prefix}weight is no 4-bit weight of this layer: {error}")
+            error_msgs.append(f"{prefix}weight is no packed weight of this layer: {error}")
 
 
 def read(codes: Tensor, parts: dict[str, Tensor]) -> Packed:
@@ -211,6 +220,8 @@ def read(codes: Tensor, parts: dict[str, Tensor]) -> Packed:
 
     parts: by the names of `PackedLinear.parts`. ValueError where they do not go together.
     """
+    if "SCB" in parts:
+        return _read_rows(codes, parts["SCB"], parts.get("weight_format"))
     states = [tensor for key, tensor in parts.items() if key.startswith(STATE)]
     try:
         told = json.loads(bytes(states[0].tolist()))
@@ -234,6 +245,20 @@ def read(codes: Tensor, parts: dict[str, Tensor]) -> Packed:
     scales = absmax.to(where, copy=True).reshape(-1)
     outermost = None if nested is None else nested.to(where, torch.float32, copy=True).reshape(-1)
     return Packed(codes.clone(), scales, kind, block, tuple(shape), outermost, offset)
+
+
+def _read_rows(codes: Tensor, absmax: Tensor, layout: Tensor | None) -> Packed:
+    if layout is not None and int(layout) != 0:
+        raise ValueError(f"its rows are laid out as number {int(layout)} of bitsandbytes, not 0")
+    if codes.dtype != torch.int8 or codes.ndim != 2 or absmax.numel() != len(codes):
+        raise ValueError(f"its codes {list(codes.shape)} or magnitudes are not those of int8")
+    scales = absmax.to(codes.device, torch.float32, copy=True).reshape(-1)
+    flat = codes.clone().view(torch.uint8).view(-1)
+    return Packed(flat, scales, codec.INT8, codes.shape[1], tuple(codes.shape))
+
+
+def _stored(kind: str) -> torch.dtype:
+    return torch.int8 if kind == codec.INT8 else torch.uint8
 
 
 class _Product(torch.autograd.Function):
@@ -290,7 +315,7 @@ SCRATCH = Scratch()
 
 
 class Nf4(Linear):
-    """A `PackedLinear` as adapters see it: a linear layer with the dequantized weight."""
+    """A `PackedLinear` of any kind as adapters see it: a linear with the dequantized weight."""
 
     module: PackedLinear
 
@@ -331,10 +356,12 @@ class Nf4(Linear):
         return self.module.compute_dtype
 
 
-def _sample(in_features: int, out_features: int, *, bias: bool) -> tuple[nn.Module, Tensor]:
+def _sample(
+    in_features: int, out_features: int, *, bias: bool, kind: str = "nf4"
+) -> tuple[nn.Module, Tensor]:
     linear = nn.Linear(in_features, out_features, bias)
     nn.init.normal_(linear.weight)
-    return PackedLinear.of(linear), torch.randn(3, 4, in_features, dtype=torch.float64)
+    return PackedLinear.of(linear, kind), torch.randn(3, 4, in_features, dtype=torch.float64)
 
 
 LAYERS: tuple[type[Layer], ...] = (Nf4,)
@@ -342,5 +369,6 @@ LAYERS: tuple[type[Layer], ...] = (Nf4,)
 SAMPLES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "nf4": lambda: _sample(8, 4, bias=True),
     "nf4 without bias": lambda: _sample(6, 5, bias=False),
+    "int8": lambda: _sample(6, 5, bias=True, kind="int8"),
 }
 """What the laws are tried on."""

@@ -1,4 +1,4 @@
-"""Write a base with its linear layers in 4 bits.
+"""Write a base with its linear layers in 4 or 8 bits.
 
     inlay quantize Qwen/Qwen3-0.6B qwen-nf4
     inlay train --base_model qwen-nf4 --data chats.jsonl
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", metavar="FOLDER", help="where to write; it must not hold anything"
     )
-    parser.add_argument("--kind", default="nf4", help="nf4, or fp4 (default: nf4)")
+    parser.add_argument("--kind", default="nf4", help="nf4, fp4 or int8 (default: nf4)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -76,7 +76,7 @@ def _check_space(model: Any, folder: Path) -> None:
     needed, free = sum(held.values()), shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
-            f"{folder}: the model in 4 bits takes {needed / 2**20:,.0f} MiB, and its disk has "
+            f"{folder}: the packed model takes {needed / 2**20:,.0f} MiB, and its disk has "
             f"{free / 2**20:,.0f} free; nothing was written. Free some, or choose another folder"
         )
 

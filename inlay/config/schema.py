@@ -67,8 +67,8 @@ class RunConfig:
     device: str | None = None
     """Where to train: cpu, cuda, cuda:1, mps; left out = the first GPU, else the CPU."""
 
-    quantize: Literal["none", "nf4", "fp4"] = "none"
-    """Pack the frozen linear layers in 4 bits as they are loaded (QLoRA); nf4 is the closer one."""
+    quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """Pack the frozen linear layers as they are loaded (QLoRA): 4 bits, nf4 the closer, or int8."""
 
     adapter: AdapterConfig = dataclasses.field(default_factory=_default_adapter)
     """`method`, and that method's settings."""
@@ -93,7 +93,7 @@ class RunConfig:
         if self.quantize != "none" and self.adapter.method is PeftType.FULL:
             raise UserError(
                 f"quantize is {self.quantize}, and adapter full trains the base's own weights, "
-                "which in 4 bits cannot move; leave quantize out, or take adapter: lora"
+                "which packed cannot move; leave quantize out, or take adapter: lora"
             )
         task, wanted = self.adapter.task_type, self.objective.task
         if task != wanted and (task is not None or wanted != "CAUSAL_LM"):

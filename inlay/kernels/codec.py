@@ -1,10 +1,12 @@
-"""Weights in 4 bits: value = table[code] * absmax of its block (QLoRA, arXiv:2305.14314).
+"""Weights in 4 or 8 bits: value = table[code] * absmax of its block (QLoRA, arXiv:2305.14314).
 
 A weight of n values, row by row, is cut into blocks; each is divided by its largest magnitude and
 every quotient becomes the code of the nearest of 16 values.  Two codes make a byte, the first in
 the high half.  The magnitudes ("absmax", float32) may be quantized in turn, less their mean, to 8
 bits in blocks of 256 (double quantization): map[byte] * nested + offset.  Codes, absmax and nested
 state are to the bit those that bitsandbytes computes on the CPU, which the tests hold it to.
+
+In int8 a block is a row, and value = code * absmax / 127.
 """
 
 from __future__ import annotations
@@ -41,15 +43,16 @@ NF4 = (
 _MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4 = tuple(sign * value / 12.0 for sign in (1.0, -1.0) for value in _MAGNITUDES)
 TABLES = {"nf4": NF4, "fp4": FP4}
-KINDS = tuple(TABLES)
+INT8 = "int8"
+KINDS = (*TABLES, INT8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A weight of `shape` in 4-bit codes, and what turns them into numbers again.
+    """A weight of `shape` in codes, and what turns them into numbers again.
 
-    codes uint8 [ceil(n/2)]; absmax float32 [blocks], or with double quantization uint8 [blocks] and
-    nested float32 [ceil(blocks/256)]; offset is added to each of the dequantized absmax.
+    codes uint8 [ceil(n/2)] (int8: [n]); absmax float32 [blocks], or with double quantization uint8
+    [blocks] and nested float32 [ceil(blocks/256)]; offset is added to each of the dequantized ones.
     """
 
     codes: Tensor
@@ -68,16 +71,17 @@ class Packed:
 
 def check_kind(kind: str) -> None:
     """Raise UserError where there are no such codes."""
-    if kind not in TABLES:
+    if kind not in KINDS:
         raise UserError(
             f"quantization kind {kind!r} is not one of {', '.join(KINDS)}.{nearest(kind, KINDS)}"
         )
 
 
 def quantize(weight: Tensor, kind: str = "nf4", block: int = 64, double: bool = True) -> Packed:
-    """Return `weight` in 4-bit codes of `kind`, computed a piece at a time on its own device.
+    """Return `weight` in codes of `kind`, computed a piece at a time on its own device.
 
-    weight float32, bfloat16 or float16, of any shape; the last block may be short. UserError for a
+    weight float32, bfloat16 or float16, of any shape; the last block may be short. In int8 a block
+    is a row of a matrix, and the magnitudes stay in float32. UserError for a
     kind or block that is not known, for a weight of another dtype, and for one with values that are
     not finite. Largest error of a value in NF4: 0.152 absmax.
     """
@@ -86,13 +90,14 @@ def quantize(weight: Tensor, kind: str = "nf4", block: int = 64, double: bool = 
         raise UserError(f"a quantized block has {', '.join(map(str, BLOCKS))} values, not {block}")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"a weight of {weight.dtype} is not quantized; give it in 32 or 16 bits")
+    if kind == INT8:
+        return _rows(weight.detach())
     flat = weight.detach().reshape(-1)
     codes = torch.empty((len(flat) + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-len(flat) // block), device=flat.device)
     for start in range(0, len(flat), PIECE):
         piece, most = _scaled(flat[start : start + PIECE].float(), block)
-        if not most.isfinite().all():
-            raise UserError("a weight with values that are NaN or infinite is not quantized")
+        _check_finite(most)
         absmax[start // block :][: len(most)] = most
         if len(piece) % 2:
             # the half of the last byte that is left over holds the code of zero
@@ -154,6 +159,14 @@ def dynamic_map(device: torch.device) -> Tensor:
 
 def _plainly(packed: Packed, out: Tensor) -> None:
     """Fill `out` [n] by plain torch, a piece at a time."""
+    if packed.kind == INT8:
+        rows, width = packed.shape
+        steps, codes = packed.absmax / 127, packed.codes.view(torch.int8).view(rows, width)
+        many = max(1, PIECE // width)
+        for i in range(0, rows, many):
+            part = codes[i : i + many].float().mul_(steps[i : i + many, None])
+            out.view(rows, width)[i : i + many] = part
+        return
     values, absmax = table(packed.kind, out.device), scales(packed)
     for start in range(0, len(out), PIECE):
         piece = out[start : start + PIECE]
@@ -167,7 +180,7 @@ def _plainly(packed: Packed, out: Tensor) -> None:
 
 
 def _compiled(packed: Packed, out: Tensor) -> bool:
-    if out.dtype not in compiled.KINDS or not compiled.available():
+    if packed.kind == INT8 or out.dtype not in compiled.KINDS or not compiled.available():
         return False
     nested = None
     if packed.nested is not None:
@@ -179,6 +192,29 @@ def _compiled(packed: Packed, out: Tensor) -> bool:
 
 FAST: dict[str, Callable[[Packed, Tensor], bool]] = {"cpu": _compiled}
 """Device type -> what fills `out` [n] there, or returns False for what it does not know."""
+
+
+def _rows(weight: Tensor) -> Packed:
+    """Return a matrix [O, I] in int8: each row over its absmax, times 127, rounded."""
+    if weight.ndim != 2:
+        raise UserError(f"int8 takes a matrix, not a weight of {list(weight.shape)}")
+    rows, width = weight.shape
+    codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
+    absmax = torch.empty(rows, device=weight.device)
+    many = max(1, PIECE // width)
+    for i in range(0, rows, many):
+        part = weight[i : i + many].float()
+        most = part.abs().amax(1)
+        _check_finite(most)
+        absmax[i : i + many] = most
+        scaled = part * (127.0 / most.clamp(min=1e-36))[:, None]  # over less it is not finite
+        codes[i : i + many] = scaled.round().clamp(-127, 127).to(torch.int8)
+    return Packed(codes.view(torch.uint8).view(-1), absmax, INT8, width, (rows, width))
+
+
+def _check_finite(most: Tensor) -> None:
+    if not most.isfinite().all():
+        raise UserError("a weight with values that are NaN or infinite is not quantized")
 
 
 def _scaled(values: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,7 @@ def load_whole(
                 **how,
             )
         if packing is not None:
-            finish(model, packing)
+            finish(model)
     missing = told["missing_keys"]
     if task_type not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):  # the other tasks' heads are new
         missing = [key for key in missing if packed_at(model, key)]

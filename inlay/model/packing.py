@@ -31,8 +31,8 @@ NAME = "inlay"
 """What our quantizer is called in transformers' registry."""
 PARTS = (
     *("weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax"),
-    *(f"{STATE}{kind}" for kind in codec.KINDS),
-    "weight",
+    *(f"{STATE}{kind}" for kind in codec.TABLES),
+    *("SCB", "weight_format", "weight"),
 )
 """The keys of one packed weight in a checkpoint; the one that all end in comes last."""
 
@@ -80,13 +80,13 @@ def wanted(name: str, config: Any, quantize: str | None, device: torch.device) -
     if told is None:
         return None if kind is None else Packing(kind, device=device)
     scheme = str(told.get("quant_method") or "an unnamed scheme")
-    if not (scheme.endswith("bitsandbytes") and told.get("load_in_4bit")):
-        scheme = f"{scheme} in 8 bits" if told.get("load_in_8bit") else scheme
+    four, eight = told.get("load_in_4bit"), told.get("load_in_8bit")
+    if not (scheme.endswith("bitsandbytes") and (four or eight)):
         raise UserError(
             f"base_model {name!r} is quantized already, by {scheme}, which adapters cannot be set "
             f"over here: take the 16-bit model that it was made from, with quantize: nf4 to pack it"
         )
-    found = str(told.get("bnb_4bit_quant_type", "fp4"))
+    found = codec.INT8 if eight else str(told.get("bnb_4bit_quant_type", "fp4"))
     if kind not in (None, found):
         raise UserError(
             f"base_model {name!r} is quantized already, as {found}; leave quantize={quantize!r} "
@@ -116,20 +116,17 @@ def reported(name: str, packing: Packing | None) -> Iterator[None]:
         raise UserError(f"base_model {name!r}: {packing.failed}")
 
 
-def finish(model: nn.Module, packing: Packing) -> None:
+def finish(model: nn.Module) -> None:
     """Leave of transformers' quantizer nothing in the model but what its configuration says."""
     owner: Any = model
     owner.hf_quantizer.remove_quantization_config(model)
     ours = [c for c in getattr(model, "_weight_conversions", None) or [] if not _is_ours(c)]
     owner._weight_conversions = ours
-    describe(model, packing.kind, packing.double)
+    describe(model)
 
 
-def describe(model: nn.Module, kind: str | None = None, double: bool | None = None) -> None:
-    """Say in the model's configuration which layers are packed, as bitsandbytes does; or that none.
-
-    kind and double default to those of the layers.
-    """
+def describe(model: nn.Module) -> None:
+    """Say in the model's configuration how its layers are packed, as bitsandbytes does."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return
@@ -141,15 +138,24 @@ def describe(model: nn.Module, kind: str | None = None, double: bool | None = No
             del config.quantization_config
         return
     first = packed[0]
+    skipped = [path for path, m in linears.items() if not isinstance(m, PackedLinear)]
+    if first.kind == codec.INT8:
+        config.quantization_config = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": False,
+            "load_in_8bit": True,
+            "llm_int8_skip_modules": skipped,
+        }
+        return
     config.quantization_config = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
-        "bnb_4bit_quant_type": kind or first.kind,
-        "bnb_4bit_use_double_quant": first.nested_absmax is not None if double is None else double,
+        "bnb_4bit_quant_type": first.kind,
+        "bnb_4bit_use_double_quant": first.nested_absmax is not None,
         "bnb_4bit_compute_dtype": str(first.compute_dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": [p for p, m in linears.items() if not isinstance(m, PackedLinear)],
+        "llm_int8_skip_modules": skipped,
     }
 
 
@@ -157,7 +163,7 @@ def refuse_training(model: nn.Module, name: str) -> None:
     """Raise UserError where the weights that the method `name` trains are packed."""
     if count(model)[0]:
         raise UserError(
-            f"full fine-tuning {name!r} trains the base's own weights, which in 4 bits cannot "
+            f"full fine-tuning {name!r} trains the base's own weights, which packed cannot "
             "move: load the base without quantize, or train an adapter"
         )
 
@@ -215,7 +221,7 @@ def _replace(model: Any, skip: list[str], packing: Packing) -> None:
         model.get_submodule(above)._modules[name] = made
     if not count(model)[0]:
         raise UserError(
-            f"{type(model).__name__} has no linear layers that can be packed in 4 bits "
+            f"{type(model).__name__} has no linear layers that can be packed "
             "(its weights are of other kinds of layer): leave quantize out"
         )
 

@@ -147,10 +147,28 @@ def test_a_state_dict_brings_it_back_and_is_what_bitsandbytes_writes(double):
     assert torch.equal(other(x), packed(x))
 
 
+def test_an_int8_layer_has_the_keys_of_bitsandbytes_and_comes_back():
+    packed, _ = made(dtype=torch.bfloat16, kind="int8")
+    state = packed.state_dict()
+    assert set(state) == {"weight", "bias", "SCB", "weight_format"}
+    assert (state["weight"].dtype, state["weight"].shape) == (torch.int8, (6, 64))
+    other = PackedLinear(64, 6, kind="int8", dtype=torch.bfloat16)
+    other.load_state_dict(state)
+    x = torch.randn(2, 64, dtype=torch.bfloat16)
+    assert torch.equal(other(x), packed(x))
+    for broken in (
+        state | {"SCB": state["SCB"][:2]},
+        state | {"weight_format": torch.tensor(1, dtype=torch.uint8)},
+        state | {"weight": state["weight"].view(torch.uint8)},
+    ):
+        with pytest.raises(RuntimeError, match="no packed weight of this layer"):
+            PackedLinear(64, 6, kind="int8").load_state_dict(broken)
+
+
 def test_a_state_of_another_layer_or_none_is_refused():
     packed, _ = made()
     state = packed.state_dict()
-    with pytest.raises(RuntimeError, match="no 4-bit weight of this layer"):
+    with pytest.raises(RuntimeError, match="no packed weight of this layer"):
         PackedLinear(64, 6).load_state_dict(made(4, 96)[0].state_dict() | {"bias": state["bias"]})
     key = next(k for k in state if "quant_state" in k)
     for broken in (
@@ -160,7 +178,7 @@ def test_a_state_of_another_layer_or_none_is_refused():
         state | {"weight.absmax": state["weight.absmax"][:2]},
         state | {"weight.nested_absmax": state["weight.nested_absmax"].repeat(2)},
     ):
-        with pytest.raises(RuntimeError, match="no 4-bit weight of this layer"):
+        with pytest.raises(RuntimeError, match="no packed weight of this layer"):
             PackedLinear(64, 6).load_state_dict(broken)
     with pytest.raises(RuntimeError, match="weight"):
         PackedLinear(64, 6).load_state_dict({"bias": state["bias"]})

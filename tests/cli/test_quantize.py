@@ -47,7 +47,7 @@ def test_it_tells_one_json_object(inlay):
     [
         (["inlay-tiny", "full"], "full exists already"),
         (["inlay-tiny", "full/file"], "full/file exists already"),
-        (["inlay-tiny", "out", "--kind", "nf5"], "'nf5' is not one of nf4, fp4"),
+        (["inlay-tiny", "out", "--kind", "nf5"], "'nf5' is not one of nf4, fp4, int8"),
         (["./nope", "out"], "no such folder"),
         (["packed", "out", "--kind", "fp4"], "quantized already, as nf4"),
     ],
@@ -68,7 +68,7 @@ def test_a_full_disk_is_known_before_anything_is_written(inlay, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 << 20))
     code, _, errors = inlay("quantize", "inlay-tiny", "deep/packed")
     assert code == 2
-    assert "takes 3 MiB, and its disk has 2 free" in errors
+    assert "the packed model takes 3 MiB, and its disk has 2 free" in errors
     assert not Path("deep").exists()
 
 

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def weights(count: int):
     """Yield (weight, kind, block): sizes odd and even, from one value to several blocks."""
     generator = torch.Generator().manual_seed(0)
-    cases = itertools.cycle(itertools.product(codec.KINDS, DTYPES, (32, 64, 64, 64, 256, 4096)))
+    cases = itertools.cycle(itertools.product(codec.TABLES, DTYPES, (32, 64, 64, 64, 256, 4096)))
     for number, (kind, dtype, block) in zip(range(count), cases, strict=False):
         rows, columns = torch.randint(1, 60, (2,), generator=generator).tolist()
         scale = 10 ** torch.randn(1, generator=generator).item()
@@ -29,7 +29,7 @@ def weights(count: int):
 
 
 def test_the_tables_are_those_of_bitsandbytes():
-    for kind in codec.KINDS:
+    for kind in codec.TABLES:
         assert torch.equal(codec.table(kind), bnb.get_4bit_type(kind, device="cpu"))
     assert torch.equal(codec.dynamic_map(CPU), bnb.create_dynamic_map())
 
@@ -59,7 +59,7 @@ def test_codes_absmax_and_nested_state_of_a_thousand_weights_are_those_of_bitsan
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (7, 64), (65, 33)])
 def test_plain_torch_and_what_is_fast_give_the_same_numbers(shape, dtype, double, monkeypatch):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    for kind in codec.KINDS:
+    for kind in codec.TABLES:
         packed = codec.quantize(weight, kind, double=double)
         fast = codec.dequantize(packed, dtype=dtype)
         values = codec.table(kind)[torch.stack((packed.codes >> 4, packed.codes & 15), -1).int()]
@@ -101,7 +101,9 @@ def test_the_error_of_a_value_is_at_most_what_is_said():
 def test_what_cannot_be_quantized_is_refused_by_its_name():
     one = torch.ones(2, 64)
     for weight, given, text in (
-        (one, {"kind": "nf5"}, r"'nf5' is not one of nf4, fp4. Did you mean"),
+        (one, {"kind": "nf5"}, r"'nf5' is not one of nf4, fp4, int8. Did you mean"),
+        (torch.ones(3), {"kind": "int8"}, r"takes a matrix, not a weight of \[3\]"),
+        (one / 0, {"kind": "int8"}, r"NaN or infinite"),
         (one, {"block": 48}, r"32, 64, .* values, not 48"),
         (one.double(), {}, r"a weight of torch.float64 is not quantized"),
         (one.to(torch.uint8), {}, r"a weight of torch.uint8"),
@@ -112,7 +114,7 @@ def test_what_cannot_be_quantized_is_refused_by_its_name():
             codec.quantize(weight, **given)
 
 
-@pytest.mark.parametrize("kind", codec.KINDS)
+@pytest.mark.parametrize("kind", [*codec.TABLES])
 def test_the_code_is_that_of_the_nearest_value_also_at_the_middles(kind):
     rising = codec.table(kind).sort().values
     middles = (rising[:-1] + rising[1:]) / 2
@@ -126,3 +128,20 @@ def test_the_code_is_that_of_the_nearest_value_also_at_the_middles(kind):
     assert torch.equal(found, rising[torch.bucketize(values, middles)])
     # no two middles share a cell
     assert len(codec._cell(middles).unique()) == 15
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_is_a_row_over_its_largest_magnitude_times_127(dtype, monkeypatch):
+    weight = torch.randn(9, 33, generator=torch.Generator().manual_seed(4)).to(dtype)
+    weight[2], weight[3] = 0, 1e-38
+    packed = codec.quantize(weight, "int8")
+    absmax = weight.float().abs().amax(1, keepdim=True)
+    meant = (weight.float() * (127 / absmax.clamp(min=1e-36))).round().double()
+    assert torch.equal(packed.codes.view(torch.int8).view(9, 33).double(), meant)
+    for numbers in (torch.float32, torch.bfloat16, torch.float64):
+        found = codec.dequantize(packed, dtype=numbers)
+        assert torch.equal(found, (meant.float() * (absmax / 127)).to(numbers))
+        monkeypatch.setattr(codec, "PIECE", 40)
+        assert torch.equal(codec.dequantize(packed, dtype=numbers), found)
+        assert torch.equal(codec.quantize(weight, "int8").codes, packed.codes)
+        monkeypatch.undo()

@@ -119,6 +119,33 @@ def test_a_checkpoint_of_bitsandbytes_loads_here_and_ours_loads_there(
         torch.testing.assert_close(logits(there), logits(model), rtol=0, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_8_bit_checkpoint_of_bitsandbytes_holds_the_same_weights_here(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    settings = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    auto = transformers.AutoModelForCausalLM
+    # in float16, as bitsandbytes takes it to be
+    base = tiny(tmp_path / "base", torch.float16)
+    theirs = auto.from_pretrained(base, quantization_config=settings)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, _ = inlay.load_base(tmp_path / "theirs", device="cpu")
+    mine, _ = inlay.load_base(base, quantize="int8", device="cpu")
+    mine.save_pretrained(tmp_path / "mine")
+    there = auto.from_pretrained(tmp_path / "mine")
+    assert len(packed(ours)) == 14
+    for path in packed(ours):
+        layers = [model.get_submodule(path) for model in (theirs, ours, mine, there)]
+        codes = [getattr(layer.weight, "CB", None) for layer in layers]
+        codes = [
+            layer.weight.data if held is None else held
+            for layer, held in zip(layers, codes, strict=True)
+        ]
+        assert all(torch.equal(one, codes[0]) for one in codes), path
+    # they round what goes into a layer as well, we do not
+    torch.testing.assert_close(logits(there), logits(mine), rtol=0, atol=0.5)
+
+
 def test_an_adapter_trains_over_it_and_the_base_does_not(tmp_path: Path) -> None:
     base, _ = inlay.load_base(tiny(tmp_path), quantize="nf4", device="cpu")
     before = {name: value.clone() for name, value in base.state_dict().items()}
@@ -184,9 +211,10 @@ def claims(folder: Path, told: dict[str, Any]) -> Path:
         ({"quant_method": "awq", "bits": 4}, r"quantized already, by awq"),
         ({"quant_method": "fp8"}, r"quantized already, by fp8"),
         ({"quant_method": "compressed-tensors"}, r"by compressed-tensors"),
+        ({"quant_method": "bitsandbytes"}, r"by bitsandbytes"),
         (
             {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False},
-            r"by bitsandbytes in 8 bits",
+            r"quantized already, as int8",
         ),
         ({"bits": 4}, r"by an unnamed scheme"),
         (
@@ -204,7 +232,7 @@ def test_a_base_that_another_scheme_packed_is_refused_by_its_name(
 
 
 def test_what_cannot_be_packed_is_one_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'nf5' is not one of none, nf4, fp4. Did you mean"):
+    with pytest.raises(UserError, match=r"'nf5' is not one of none, nf4, fp4, int8. Did you mean"):
         inlay.load_base(quantize="nf5")
     path = tiny(tmp_path) / WEIGHTS
     tensors = load_file(path)
@@ -254,5 +282,5 @@ def test_a_model_without_linears_of_torchs_kind_says_so(tmp_path: Path) -> None:
 
 def test_weights_in_four_bits_are_not_trained_themselves() -> None:
     model, _ = inlay.load_base(quantize="nf4")
-    with pytest.raises(UserError, match="in 4 bits cannot move"):
+    with pytest.raises(UserError, match="packed cannot move"):
         Roster(model).add("a", FullConfig())
