@@ -135,6 +135,8 @@ class Virtual(Wrap):
         for name in ("logits_to_keep", "start_positions", "end_positions"):
             if isinstance(call.get(name), Tensor):
                 call[name] = call[name] + count
+        if hasattr(model, "score"):
+            _padding_first(call)
 
     def _put(self, name: str, value: Tensor) -> None:
         """Copy `value` into a parameter, giving it memory where it has none yet."""
@@ -152,6 +154,21 @@ class Virtual(Wrap):
     def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse: the root of a model calls `edit`."""
         raise TypeError(f"{type(self).__name__} stands at the root of a model alone")
+
+
+def _padding_first(call: dict[str, Any]) -> None:
+    """Move padding before the virtual tokens: a decoder that classifies reads the last position.
+
+    By ids it would find the last token before the padding; among embeddings it cannot.
+    """
+    mask = call.get("attention_mask")
+    if mask is None or bool(mask[:, -1].all()):
+        return
+    order = mask.argsort(dim=1, stable=True)  # what is masked first, the rest in its order
+    embedded = call["inputs_embeds"]
+    call["inputs_embeds"] = embedded.gather(1, order[..., None].expand_as(embedded))
+    call["attention_mask"] = mask = mask.gather(1, order)
+    call["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
 
 
 def _in_front(value: Tensor, count: int, fill: int) -> Tensor:

@@ -14,7 +14,7 @@ from inlay import (
     UserError,
     get_peft_model,
 )
-from tests.methods.bases import bert, build, gpt2, llama, output, randomize, t5
+from tests.methods.bases import SMALL, bert, build, gpt2, llama, output, randomize, t5
 
 IDS = torch.arange(3, 13).reshape(2, 5)
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -184,3 +184,20 @@ def test_the_trainer_trains_it(tmp_path):
     found = inlay.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter")
     assert list(found.peft_config) == ["default"]
     assert found.peft_config["default"].num_virtual_tokens == 4
+
+
+@pytest.mark.parametrize("make", ["Llama", "GPT2"])
+def test_a_decoder_that_classifies_reads_the_last_real_token_of_padded_rows(make):
+    import transformers
+
+    gpt2_sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    sizes = SMALL if make == "Llama" else gpt2_sizes
+    config = getattr(transformers, f"{make}Config")(**sizes, num_labels=3, pad_token_id=0)
+    base = build(lambda: getattr(transformers, f"{make}ForSequenceClassification")(config))
+    model = get_peft_model(base, PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"))
+    model.eval()
+    rows = [[5, 9, 12, 7, 31], [4, 8], [3, 3, 3]]
+    alone = torch.cat([model(input_ids=torch.tensor([row])).logits for row in rows])
+    ids = torch.tensor([row + [0] * (5 - len(row)) for row in rows])
+    found = model(input_ids=ids, attention_mask=(ids > 0).long()).logits
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
