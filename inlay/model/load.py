@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from inlay.core.errors import UserError, nearest
-from inlay.model.packing import finish, packed_at, reported, wanted
+from inlay.model.packing import finish, new_ones_plain, packed_at, reported, wanted
 
 TINY = "inlay-tiny"
 """The name of the embedded base."""
@@ -102,6 +102,8 @@ def load_whole(
             finish(model)
     missing = told["missing_keys"]
     if task_type not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):  # the other tasks' heads are new
+        if packing is not None and not packing.given:
+            new_ones_plain(model, missing)
         missing = [key for key in missing if packed_at(model, key)]
     _check_whole(name, model, missing)
     if name == TINY:

@@ -13,7 +13,7 @@ import ctypes
 import dataclasses
 import mmap
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -122,6 +122,29 @@ def finish(model: nn.Module) -> None:
     owner.hf_quantizer.remove_quantization_config(model)
     ours = [c for c in getattr(model, "_weight_conversions", None) or [] if not _is_ours(c)]
     owner._weight_conversions = ours
+    describe(model)
+
+
+def new_ones_plain(model: Any, missing: Collection[str]) -> None:
+    """Put plain layers, drawn as the model draws its own, where packed ones had nothing to pack.
+
+    missing: the names that the checkpoint has no values for: a task's new head.
+    """
+    for key in missing:
+        packed = packed_at(model, key)
+        path, _, last = key.rpartition(".")
+        if packed is None or last != "weight":
+            continue
+        drawn = nn.Linear(
+            packed.in_features,
+            packed.out_features,
+            packed.bias is not None,
+            device="cpu",
+            dtype=packed.compute_dtype,
+        )
+        model._init_weights(drawn)
+        above, _, name = path.rpartition(".")
+        model.get_submodule(above)._modules[name] = drawn
     describe(model)
 
 

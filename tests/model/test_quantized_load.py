@@ -197,6 +197,21 @@ def test_the_head_of_a_task_stays_in_plain_numbers() -> None:
     assert model.score.weight.isfinite().all()
 
 
+def test_what_a_task_adds_to_a_checkpoint_is_drawn_in_plain_numbers(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2, "vocab_size": 64}
+    BertForMaskedLM(BertConfig(**small)).save_pretrained(tmp_path)
+    model, _ = inlay.load_base(tmp_path, quantize="nf4", task_type="SEQ_CLS", labels=["a", "b"])
+    assert len(packed(model)) == 6
+    assert type(model.bert.pooler.dense) is nn.Linear  # the checkpoint has none
+    assert model.bert.pooler.dense.weight.std() < 0.05
+    assert torch.equal(model.bert.pooler.dense.bias, torch.zeros(32))
+    skipped = model.config.quantization_config["llm_int8_skip_modules"]
+    assert skipped == ["bert.pooler.dense", "classifier"]
+
+
 def claims(folder: Path, told: dict[str, Any]) -> Path:
     path = folder / "config.json"
     config = json.loads(path.read_text("utf-8")) | {"quantization_config": told}
