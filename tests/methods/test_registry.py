@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from torch import nn
 
+import inlay.methods
 from inlay.core.errors import UserError
 from inlay.methods import method, method_of, names
 from inlay.methods.full import FullConfig
@@ -52,3 +55,9 @@ def test_full_fine_tuning_needs_a_model_without_adapters():
     roster.add("a", LoraConfig(target_modules=["0"]))
     with pytest.raises(UserError, match="needs a model without adapters; it has a"):
         roster.add("full", FullConfig())
+
+
+def test_no_method_is_longer_than_a_sitting():
+    files = Path(inlay.methods.__file__).parent.glob("*.py")
+    lengths = {file.name: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert {name: n for name, n in lengths.items() if n > 200} == {}
