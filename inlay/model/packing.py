@@ -268,12 +268,27 @@ def _let_go(weight: Tensor) -> None:
     """
     if not sys.platform.startswith("linux") or weight.device.type != "cpu":
         return
+    if not _is_of_a_file(weight.data_ptr()):
+        return  # a copy that was cast, which goes with the last of its names
     page = mmap.PAGESIZE
     first = -(-weight.data_ptr() // page) * page
     size = (weight.data_ptr() + weight.nbytes) // page * page - first
     if size > 0:
         pageout = 21  # MADV_PAGEOUT; an older kernel refuses, and all is as before
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), pageout)
+
+
+def _is_of_a_file(address: int) -> bool:
+    try:
+        with open("/proc/self/maps") as lines:
+            for line in lines:
+                span, _, _, _, inode, *_ = line.split(maxsplit=5)
+                first, end = (int(part, 16) for part in span.split("-"))
+                if first <= address < end:
+                    return inode != "0"
+    except (OSError, ValueError):  # there is no such file where the system is another
+        pass
+    return False
 
 
 @cache

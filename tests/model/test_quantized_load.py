@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -293,6 +296,45 @@ def test_a_model_without_linears_of_torchs_kind_says_so(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(**small)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no linear layers that can be packed"):
         inlay.load_base(tmp_path, quantize="nf4")
+
+
+def test_factors_make_up_for_what_packing_lost(tmp_path: Path) -> None:
+    plain, _ = inlay.load_base(tiny(tmp_path), device="cpu")
+    base, _ = inlay.load_base(tmp_path, quantize="nf4", device="cpu")
+    model = inlay.get_peft_model(base, LoraConfig(r=16, target_modules="all-linear")).eval()
+    lost = (logits(model) - logits(plain)).square().mean()
+    inlay.replace_lora_weights_loftq(model)
+    assert (logits(model) - logits(plain)).square().mean() < 0.7 * lost
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_shard_that_was_packed_does_not_stay_in_memory(tmp_path: Path) -> None:
+    def mapped() -> int:
+        lines = Path("/proc/self/smaps").read_text().split("\n")
+        inside, pages = False, 0
+        for line in lines:
+            if "-" in line.split(" ")[0]:
+                inside = line.endswith(WEIGHTS)
+            pages += int(line.split()[1]) if inside and line.startswith("Rss:") else 0
+        return pages
+
+    wide = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 32}
+    tiny(tmp_path, torch.bfloat16, **wide)
+    with open(tmp_path / WEIGHTS, "rb") as file:
+        os.fsync(file.fileno())  # what is not on the disk yet cannot leave memory
+    size = (tmp_path / WEIGHTS).stat().st_size // 1024
+    with safe_open(tmp_path / WEIGHTS, "pt") as file:
+        weight = file.get_slice("model.layers.1.mlp.up_proj.weight")[...]
+        total, touched = weight.float().sum(), mapped()
+        packing._let_go(weight)
+        if mapped() >= touched:
+            pytest.skip("this file system keeps what is mapped in memory")
+        assert weight.float().sum() == total  # it is read again
+    del weight
+    before = mapped()
+    model, _ = inlay.load_base(tmp_path, quantize="nf4", device="cpu")
+    assert packing.count(model)[1] > 1.9e6
+    assert mapped() - before < size / 3
 
 
 def test_weights_in_four_bits_are_not_trained_themselves() -> None:
