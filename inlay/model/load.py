@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from inlay.core.errors import UserError, nearest
-from inlay.model.packing import finish, new_ones_plain, packed_at, reported, wanted
+from inlay.model.packing import finish, new_ones_plain, reported, wanted
+from inlay.model.quantizer import packed_at
 
 TINY = "inlay-tiny"
 """The name of the embedded base."""

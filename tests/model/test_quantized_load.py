@@ -22,7 +22,7 @@ from inlay.bases.nf4 import PackedLinear
 from inlay.kernels import codec
 from inlay.methods.full import FullConfig
 from inlay.methods.lora import LoraConfig
-from inlay.model import packing
+from inlay.model import packing, quantizer
 from inlay.model.roster import Roster
 
 IDS = torch.arange(3, 43).reshape(2, 20)
@@ -326,7 +326,7 @@ def test_a_shard_that_was_packed_does_not_stay_in_memory(tmp_path: Path) -> None
     with safe_open(tmp_path / WEIGHTS, "pt") as file:
         weight = file.get_slice("model.layers.1.mlp.up_proj.weight")[...]
         total, touched = weight.float().sum(), mapped()
-        packing._let_go(weight)
+        quantizer._let_go(weight)
         if mapped() >= touched:
             pytest.skip("this file system keeps what is mapped in memory")
         assert weight.float().sum() == total  # it is read again
