@@ -140,6 +140,8 @@ def _operations() -> tuple[Any, Any]:
             self, input_dict: Any, *_: Any, model: Any = None, full_layer_name: str = "", **__: Any
         ) -> Any:
             values = {key: _first(value) for key, value in input_dict.items()}
+            if "weight" not in values:
+                return {}  # it is then told as missing
             layer, weight = packed_at(model, full_layer_name), values.pop("weight")
             if layer is None and not values:
                 like = model.get_parameter_or_buffer(full_layer_name)
