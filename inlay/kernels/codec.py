@@ -203,12 +203,12 @@ def _rows(weight: Tensor) -> Packed:
     absmax = torch.empty(rows, device=weight.device)
     many = max(1, PIECE // width)
     for i in range(0, rows, many):
-        part = weight[i : i + many].float()
+        part = weight[i : i + many].to(torch.float32, copy=True)
         most = part.abs().amax(1)
         _check_finite(most)
         absmax[i : i + many] = most
-        scaled = part * (127.0 / most.clamp(min=1e-36))[:, None]  # over less it is not finite
-        codes[i : i + many] = scaled.round().clamp(-127, 127).to(torch.int8)
+        scaled = part.mul_((127.0 / most.clamp(min=1e-36))[:, None])  # over less it is not finite
+        codes[i : i + many] = scaled.round_().clamp_(-127, 127)
     return Packed(codes.view(torch.uint8).view(-1), absmax, INT8, width, (rows, width))
 
 
