@@ -48,7 +48,7 @@ def base(model: Any) -> str:
     size = count(total - trained if model.roster.hosts else total)
     dtype = str(next(plain.parameters()).dtype).removeprefix("torch.")
     packed = sum(isinstance(module, PackedModule) for module in plain.modules())
-    dtype += f" but for {several(packed, 'layer')} in 4 bits" if packed else ""
+    dtype += f" but for {several(packed, 'packed layer')}" if packed else ""
     name = getattr(plain, "name_or_path", "") or "a model"
     return f"{name}: {type(plain).__name__}, {size} parameters, {dtype}, on {device_of(model)}"
 
