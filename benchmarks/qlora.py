@@ -129,7 +129,9 @@ def base(h: int, i: int, n: int, a: int, k: int, v: int) -> Any:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     from inlay.bases.nf4 import PackedLinear
+    from inlay.kernels.allocator import return_freed
 
+    return_freed()  # as load_base does for a packed base
     config = LlamaConfig(
         hidden_size=h,
         intermediate_size=i,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from inlay.core.errors import UserError, nearest
+from inlay.kernels.allocator import return_freed
 from inlay.model.packing import finish, new_ones_plain, reported, wanted
 from inlay.model.quantizer import packed_at
 
@@ -89,6 +90,8 @@ def load_whole(
         how, packing = {}, wanted(name, config, quantize, where)
         if packing is not None:
             how = packing.given_to(config)
+            if where.type == "cpu":
+                return_freed()  # who packs a base has no memory to leave lying
         with reported(name, packing):
             model, told = _auto(config, task_type).from_pretrained(
                 source,
