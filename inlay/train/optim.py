@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.train.adam8bit import AdamW8bit
 from inlay.train.factors import (
     DAMPING,
     before_each_step,
@@ -29,7 +30,7 @@ from inlay.train.settings import TrainConfig
 
 def make_optimizer(
     parameters: Mapping[str, nn.Parameter], config: TrainConfig, model: nn.Module | None = None
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """Return AdamW over `parameters`, those with decay first; or what `config` makes of it.
 
     A group's "ratio" is its multiple of the step's learning rate. model: where the adapters are,
@@ -59,9 +60,10 @@ def make_optimizer(
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
-        "fused": fused,
     }
-    optimizer = torch.optim.AdamW(filled, **settings)
+    if config.optimizer == "adamw_8bit":
+        return AdamW8bit(filled, **settings)
+    optimizer = torch.optim.AdamW(filled, **settings, fused=fused)
     if config.optimizer != "adamw" and model is not None:
         factors = factors_of(model)
         turn = partial(turn_to_full, factors)
