@@ -52,20 +52,6 @@ def test_positions_are_counted_on_and_packed_rows_are_refused():
         model(IDS, position_ids=torch.tensor([[0, 1, 2, 0, 1]]).expand(2, -1))
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
-def test_a_padded_row_generates_what_it_does_alone_with_and_without_a_cache(make):
-    model = made(make)
-    padded = torch.cat([torch.zeros(1, 2, dtype=torch.long), IDS[:1, :3]], 1)
-    both = torch.cat([padded, IDS[1:]])
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    together = model.generate(both, attention_mask=mask, **GREEDY)
-    for row, ids in enumerate((IDS[:1, :3], IDS[1:])):
-        alone = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
-        assert together[row, 5:].tolist() == alone[0, ids.shape[1] :].tolist()
-    again = model.generate(both, attention_mask=mask, use_cache=False, **GREEDY)
-    assert again.tolist() == together.tolist()
-
-
 def test_generation_is_that_of_the_joined_embeddings_in_an_encoder_decoder_too():
     for make in (llama, gpt2, t5):
         model, base = made(make), build(make)
