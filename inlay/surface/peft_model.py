@@ -18,6 +18,7 @@ from inlay.checkpoint import folder as files
 from inlay.checkpoint.adapter import load_adapter, save_adapter, with_parts
 from inlay.checkpoint.export import tokenizer_files
 from inlay.checkpoint.fingerprint import fingerprint
+from inlay.core.base import PackedModule
 from inlay.core.config import AdapterConfig
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
@@ -113,6 +114,12 @@ class PeftModel(nn.Module):
         """Whether the base takes what transformers' Trainer tells it for its loss."""
         base = self.base_model.model
         return bool(getattr(base, "accepts_loss_kwargs", takes_anything(base)))
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # packed weights are buffers, which DDP would send to every process at every forward pass
+        packed = [n for n, m in self.named_modules() if isinstance(m, PackedModule)]
+        return [f"{n}.{b}" for n in packed for b, _ in self.get_submodule(n).named_buffers()]
 
     # -- choosing
 

@@ -95,13 +95,18 @@ def test_a_state_dict_goes_through_safetensors_with_tied_weights(tmp_path: Path)
     assert base.lm_head.weight is base.model.embed_tokens.weight
 
 
-def test_ddp_wraps_it_and_gives_the_gradients_of_the_plain_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_ddp_wraps_it_and_gives_the_gradients_of_the_plain_model(
+    quantize: str | None, tmp_path: Path
+) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
     )
     try:
-        model, plain = adapted(), adapted()
+        model, plain = (adapted(lambda: inlay.load_base(quantize=quantize)[0]) for _ in "ab")
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        sent = {name for name, _ in model.named_buffers()} - wrapped.parameters_to_ignore
+        assert not [name for name in sent if "absmax" in name]
         ids = torch.arange(3, 23).reshape(2, 10)
         for one in (wrapped, plain):
             one(input_ids=ids, labels=ids).loss.backward()
