@@ -28,10 +28,14 @@ _BY_NAMES: dict[str, str] = {
     "q v q_proj v_proj": "blip-2",
     "in_proj": "deberta",
     "Wqkv": "mpt",
+    "key value receptance output": "rwkv",
+    "r_proj k_proj v_proj o_proj key value": "rwkv7",
 }
 
-TARGETS: dict[str, list[str]] = {
-    kind: names.split() for names, kinds in _BY_NAMES.items() for kind in kinds.split()
+TARGETS: dict[str, list[str] | str] = {
+    **{kind: names.split() for names, kinds in _BY_NAMES.items() for kind in kinds.split()},
+    # the text's part alone: the layers of the other towers are called the same
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
 }
 """model_type -> target_modules, of which those that the model has are meant."""
 
@@ -86,8 +90,11 @@ TARGETS_OF: Mapping[str, Mapping[str, list[str] | str]] = {
         kind: names.split()
         for names, kinds in {
             "input_layernorm post_attention_layernorm norm": (
-                "llama mistral mixtral olmo qwen2 qwen2_moe qwen3 qwen3_moe smollm3 stablelm"
+                "llama mistral mixtral olmo qwen2_moe qwen3_moe smollm3 stablelm gemma"
             ),
+            "post_attention_layernorm": "qwen2 qwen3",
+            "input_layernorm final_layernorm": "phi",
+            "layernorm LayerNorm final_layer_norm self_attn_layer_norm": "blip-2",
             "input_layernorm post_attention_layernorm pre_feedforward_layernorm "
             "post_feedforward_layernorm norm": "gemma2 gemma3 gemma3_text",
             "input_layernorm post_attention_layernorm ln_f": "bloom falcon",
@@ -96,6 +103,19 @@ TARGETS_OF: Mapping[str, Mapping[str, list[str] | str]] = {
             "ln_1 ln_2 ln_f": "gpt2 gpt_bigcode",
             "ln_1 ln_f": "gptj",
             "LayerNorm": "bert roberta electra deberta-v2",
+        }.items()
+        for kind in kinds.split()
+    },
+    "OSF": {
+        kind: names.split()
+        for names, kinds in {
+            "q_proj k_proj v_proj o_proj gate_proj down_proj up_proj": (
+                "llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 phi"
+            ),
+            "c_attn c_proj": "gpt2 gpt_bigcode",
+            "query_key_value dense_4h_to_h": "bloom gpt_neox falcon",
+            "q_proj k_proj v_proj out_proj fc1 fc2": "opt",
+            "q_proj k_proj v_proj out_proj fc_in fc_out": "gptj",
         }.items()
         for kind in kinds.split()
     },
