@@ -48,7 +48,8 @@ TWICE = {
 
 
 def theirs(name: str, make: Any, settings: dict[str, Any]) -> Any:
-    """Return PEFT's model with a random adapter."""
+    """Return PEFT's model with a random adapter, the same one every time."""
+    torch.manual_seed(0)
     kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(name.upper())]
     model = peft.get_peft_model(build(make), kind(**settings))
     randomize(model)
