@@ -93,8 +93,7 @@ class Adapter(nn.Module, ABC):
         self.config = config
         self._device, self._dtype = device or base.device, base.adapter_dtype
         self.make(base)
-        if shared is None and type(self).make is not Adapter.make:
-            shared = self.share(config, [base], device=device)
+        shared = shared or self.share(config, [base], device=device)
         if shared is not None:
             self.hold(shared)
         if self._device.type != "meta":

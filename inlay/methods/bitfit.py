@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
 from inlay.core.adapter import Method
 from inlay.core.base import Base
 from inlay.core.beside import Bias
-from inlay.core.config import AdapterConfig, PeftType
+from inlay.core.config import PeftType
 from inlay.core.errors import UserError
 from inlay.core.targeted import TargetedConfig
 
@@ -49,16 +48,14 @@ class BitfitConfig(TargetedConfig):
 class Bitfit(Bias):
     """The trained bias of one layer."""
 
-    def __init__(
-        self, config: AdapterConfig, base: Base, *, device: torch.device | None = None
-    ) -> None:
+    def make(self, base: Base) -> None:
         """Make b' [O]; UserError where the layer has no bias."""
         if base.bias() is None:
             raise UserError(
                 f"a {type(base.module).__name__} without a bias has nothing for BitFit to train: "
                 "leave it out of target_modules, or name no target_modules"
             )
-        super().__init__(config, base, device=device)
+        super().make(base)
 
 
 METHOD = Method(BitfitConfig, Bitfit)

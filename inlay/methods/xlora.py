@@ -136,9 +136,6 @@ class XLora(Wrap):
         """Return the classifier for the layers of `bases`."""
         return Classifier(config, len(bases), device or bases[0].device, bases[0].adapter_dtype)
 
-    def make(self, base: Base) -> None:
-        """Make nothing: what trains is the classifier, which all layers share."""
-
     def beside(self, adapters: nn.ModuleDict) -> None:
         """Take note of the host's adapters, which are not this one's to save or move."""
         self._experts = (adapters,)
