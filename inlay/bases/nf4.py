@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from inlay.bases.plain import Linear
 from inlay.core.base import Layer, PackedModule, store
-from inlay.kernels import codec
+from inlay.kernels import codec, matmul
 from inlay.kernels.codec import Packed
 
 NAMES = ("absmax", "nested_absmax")
@@ -334,6 +334,16 @@ class Nf4(Linear):
         if self.module.dense is not None:
             return self.module.dense
         return codec.dequantize(self.module.packed, dtype=self.dtype)
+
+    def forward_product(self, x: Tensor) -> Tensor:
+        """Return x W^T + b [N, O] of x [N, I], computed in its dtype; no gradient is noted."""
+        bias = self.bias()
+        weight = _numbers(self.module.packed, x.dtype)
+        return matmul.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    def backward_product(self, grad: Tensor) -> Tensor:
+        """Return grad W [N, I] of grad [N, O], computed in its dtype; no gradient is noted."""
+        return matmul.product(grad, _numbers(self.module.packed, grad.dtype))
 
     def store(self, weight: Tensor, bias: Tensor | None) -> None:
         """Let weight [O, I] stand in for the codes, and put bias [O] in place."""

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from inlay.core.base import Layer, store
 from inlay.core.errors import UserError
 from inlay.core.raw import PLAIN
+from inlay.kernels import matmul
 
 
 class Linear(Layer):
@@ -48,6 +49,17 @@ class Linear(Layer):
     def up(self, h: Tensor, b: Tensor) -> Tensor:
         """Return h B^T."""
         return F.linear(h, b)
+
+    def forward_product(self, x: Tensor) -> Tensor:
+        """Return x W^T + b [N, O] of x [N, I], computed in its dtype; no gradient is noted."""
+        bias = self.bias()
+        return matmul.linear(
+            x, self.weight().to(x.dtype), None if bias is None else bias.to(x.dtype)
+        )
+
+    def backward_product(self, grad: Tensor) -> Tensor:
+        """Return grad W [N, I] of grad [N, O], computed in its dtype; no gradient is noted."""
+        return matmul.product(grad, self.weight().to(grad.dtype))
 
     def store(self, weight: Tensor, bias: Tensor | None) -> None:
         """Put weight [O, I] and bias [O] in place."""

@@ -1,0 +1,126 @@
+"""Thin updates over frozen layers that read one input, as one node of the graph.
+
+    y_i = x W_i^T + b_i + d_i(x) A_i^T B_i^T          x [N, I], A_i [R, I], B_i [O_i, R]
+
+d_i is dropout. Plain torch keeps the input of each product; this keeps x once for all layers, their
+d_i(x) A_i^T [N, R] and, of a dropout, which inputs it left. Adding the update is part of the
+product with B_i, and the gradient of x is added up in one place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Frozen(Protocol):
+    """A frozen layer x W^T + b; neither product notes a gradient."""
+
+    def forward_product(self, x: Tensor) -> Tensor:
+        """Return x W^T + b [N, O], in the dtype of x [N, I]."""
+
+    def backward_product(self, grad: Tensor) -> Tensor:
+        """Return grad W [N, I], in the dtype of grad [N, O]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A frozen layer and the update over it: A [R, I], B [O, R] in any dtype, scaled already."""
+
+    layer: Frozen
+    a: Tensor
+    b: Tensor
+    dropout: float = 0.0
+    """Probability of zeroing an input of the update."""
+
+
+def adapted(x: Tensor, members: Sequence[Member], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return what each member makes of x [..., I]: [..., O_i], computed in `dtype`."""
+    given = x.to(dtype).reshape(-1, x.shape[-1])
+    layers, rates = [m.layer for m in members], [m.dropout for m in members]
+    with torch.autocast(x.device.type, enabled=False):
+        outs = _Adapted.apply(
+            given, layers, rates, *[m.a for m in members], *[m.b for m in members]
+        )
+    return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
+
+
+class _Adapted(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layers: list[Frozen], rates: list[float], *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return y_i [N, O_i] of each layer; factors are the A_i, then the B_i."""
+        narrow = [t.to(x.dtype) for t in factors]
+        a, b = narrow[: len(layers)], narrow[len(layers) :]
+        kept = [_draw(x, rate) for rate in rates] if any(rates) else None
+        if kept is None:
+            thin = (x @ _joined(a).T).split([len(m) for m in a], 1)
+        else:
+            inputs = [_drop(x, *left) for left in zip(kept, rates, strict=True)]
+            thin = tuple(i @ m.T for i, m in zip(inputs, a, strict=True))
+        outs = [
+            layer.forward_product(x).addmm_(low, up.T)
+            for layer, low, up in zip(layers, thin, b, strict=True)
+        ]
+        ctx.layers, ctx.rates, ctx.dtypes = layers, rates, [t.dtype for t in factors]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *thin, *a, *b, *(kept or ()))
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Return the gradients of x, of the A_i and of the B_i."""
+        n = len(ctx.layers)
+        x, *saved = ctx.saved_tensors
+        thin, a, b, kept = (saved[i : i + n] for i in range(0, 4 * n, n))
+        up: list[Tensor | None] = [None] * n
+        low: list[Tensor] = []  # the gradients of d_i(x) A_i^T
+        for i, grad in enumerate(grads):
+            if grad is None:  # nothing was made of this layer's output
+                low.append(torch.zeros_like(thin[i]))
+                continue
+            low.append(grad @ b[i])
+            if ctx.needs_input_grad[3 + n + i]:
+                up[i] = (grad.T @ thin[i]).to(ctx.dtypes[n + i])
+        total = _through(ctx.layers, grads, x) if ctx.needs_input_grad[0] else None
+        if kept:
+            down = []
+            for i, left in enumerate(zip(kept, ctx.rates, strict=True)):
+                down.append(low[i].T @ _drop(x, *left))
+                if total is not None:
+                    total.add_(_drop(low[i] @ a[i], *left))
+        else:
+            joined = _joined(low, 1)
+            down = list((joined.T @ x).split([len(m) for m in a]))
+            if total is not None:
+                total.addmm_(joined, _joined(a))
+        return total, None, None, *[t.to(d) for t, d in zip(down, ctx.dtypes, strict=False)], *up
+
+
+def _through(layers: list[Frozen], grads: Sequence[Tensor | None], x: Tensor) -> Tensor:
+    """Return the gradient of x [N, I] through the frozen layers."""
+    total: Tensor | None = None
+    for layer, grad in zip(layers, grads, strict=True):
+        if grad is not None:
+            part = layer.backward_product(grad)
+            total = part if total is None else total.add_(part)
+    return torch.zeros_like(x) if total is None else total
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _draw(x: Tensor, rate: float) -> Tensor | None:
+    """Return which inputs a dropout leaves, a byte each, drawn as torch draws them."""
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - rate) if rate else None
+
+
+def _drop(x: Tensor, kept: Tensor | None, rate: float) -> Tensor:
+    """Return x / (1 - rate) where it is kept, and 0 elsewhere."""
+    return x if kept is None else x.mul(kept).mul_(1 / (1 - rate) if rate < 1 else 0.0)
