@@ -123,16 +123,11 @@ def step(name: str, length: int, steps: int) -> dict[str, Any]:
     }
 
 
-def base(h: int, i: int, n: int, a: int, k: int, v: int) -> Any:
-    """Return a Llama of these sizes, its linears in random codes, the rest in bfloat16."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+def llama(h: int, i: int, n: int, a: int, k: int, v: int, **others: Any) -> Any:
+    """Return the configuration of a Llama of these sizes, in bfloat16."""
+    from transformers import LlamaConfig
 
-    from inlay.bases.nf4 import PackedLinear
-    from inlay.kernels.allocator import return_freed
-
-    return_freed()  # as load_base does for a packed base
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=h,
         intermediate_size=i,
         num_hidden_layers=n,
@@ -140,7 +135,20 @@ def base(h: int, i: int, n: int, a: int, k: int, v: int) -> Any:
         num_key_value_heads=k,
         vocab_size=v,
         dtype="bfloat16",
+        **others,
     )
+
+
+def base(**sizes: int) -> Any:
+    """Return a Llama of these sizes, its linears in random codes, the rest in bfloat16."""
+    from transformers import LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from inlay.bases.nf4 import PackedLinear
+    from inlay.kernels.allocator import return_freed
+
+    return_freed()  # as load_base does for a packed base
+    config = llama(**sizes)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     for path, module in list(model.named_modules()):
