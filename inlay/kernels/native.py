@@ -16,8 +16,13 @@ from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# no fused multiply-adds: a product and a sum are each rounded, as torch rounds them
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-std=gnu11")
+FLAGS = (
+    *("-O3", "-march=native", "-shared", "-fPIC", "-pthread", "-std=gnu11"),
+    # no fused multiply-adds: a product and a sum are each rounded, as torch rounds them
+    "-ffp-contract=off",
+    # these change no result, but let a loop with a comparison or a root in it become vectors
+    *("-fno-trapping-math", "-fno-math-errno", "-fopenmp-simd"),
+)
 SECONDS = 60
 """Time a compiler may take."""
 

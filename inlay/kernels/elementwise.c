@@ -1,0 +1,242 @@
+// What stands between a transformer's products, each in one pass: RMSNorm, a gate, rotation.
+//
+// Rows of n numbers in float32 or bfloat16; all sums in float32, rounded once to the type.
+// In every function `half` says that the numbers are bfloat16.
+
+#include <math.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef void (*Part)(const void *work, int64_t first, int64_t last);
+typedef struct { Part part; const void *work; int64_t first, last; } Share;
+
+static void *one(void *given) {
+    const Share *s = given;
+    s->part(s->work, s->first, s->last);
+    return 0;
+}
+
+// rows 0 .. count over threads; `cost` is what a row is worth, in numbers
+static void spread(Part part, const void *work, int64_t count, int64_t cost, int threads) {
+    const int64_t worth = count * cost / 65536;  // a thread costs some 10 us
+    if (threads > 64) threads = 64;
+    if (threads > worth) threads = (int)worth;
+    if (threads < 1) threads = 1;
+    Share share[64];
+    pthread_t thread[64];
+    int started[64];
+    for (int t = 0; t < threads; t++) {
+        share[t] = (Share){part, work, count * t / threads, count * (t + 1) / threads};
+        started[t] = t > 0 && pthread_create(&thread[t], 0, one, &share[t]) == 0;
+    }
+    for (int t = 0; t < threads; t++)
+        if (!started[t]) one(&share[t]);
+    for (int t = 1; t < threads; t++)
+        if (started[t]) pthread_join(thread[t], 0);
+}
+
+static inline float wide(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static inline uint16_t narrow(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if (f != f) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// e^x to the last bit or two, in a form that compilers turn into vectors
+static inline float expo(float x) {
+    x = x < -87.3f ? -87.3f : x > 88.0f ? 88.0f : x;
+    const float k = __builtin_floorf(x * 1.44269504f + 0.5f);
+    const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const int32_t bits = ((int32_t)k + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+#define LOAD(from, i) (half ? wide(((const uint16_t *)(from))[i]) : ((const float *)(from))[i])
+#define STORE(to, i, f) \
+    do { if (half) ((uint16_t *)(to))[i] = narrow(f); else ((float *)(to))[i] = (f); } while (0)
+// what is written is apart from what is read; a sum may be added up in any order
+#define EACH _Pragma("omp simd")
+#define SUM(name) _Pragma(STRING(omp simd reduction(+ : name)))
+#define STRING(text) #text
+// each loop is made for both types and both modes, so that none asks for them in it
+#define MADE static inline __attribute__((always_inline)) void
+#define PARTS(name)                                                            \
+    static void name##_parts(const void *given, int64_t first, int64_t last) { \
+        const Work *w = given;                                                 \
+        if (w->half && w->mode) name(w, first, last, 1, 1);                    \
+        else if (w->half) name(w, first, last, 1, 0);                          \
+        else if (w->mode) name(w, first, last, 0, 1);                          \
+        else name(w, first, last, 0, 0);                                       \
+    }
+
+typedef struct {
+    const void *a, *b, *c;  // read
+    void *out, *out2;       // written
+    float *sums;            // a number for each row
+    int64_t n, heads;
+    float eps;
+    int half, mode;
+} Work;
+
+// --- y = x / rms(x) * w (mode 0, x / rms(x) rounded first), or * (1 + w) (mode 1) -----------------
+
+MADE norm(const Work *w, int64_t first, int64_t last, const int half, const int mode) {
+    const void *a = w->a, *b = w->b;
+    void *out = w->out;
+    const int64_t n = w->n;
+    for (int64_t r = first; r < last; r++) {
+        float sum = 0;
+        SUM(sum) for (int64_t i = 0; i < n; i++) {
+            const float x = LOAD(a, r * n + i);
+            sum += x * x;
+        }
+        const float rstd = 1.0f / sqrtf(sum / (float)n + w->eps);
+        w->sums[r] = rstd;
+        if (mode) {
+            EACH for (int64_t i = 0; i < n; i++)
+                STORE(out, r * n + i, LOAD(a, r * n + i) * rstd * (1.0f + LOAD(b, i)));
+            continue;
+        }
+        EACH for (int64_t i = 0; i < n; i++) {
+            float x = LOAD(a, r * n + i) * rstd;
+            if (half) x = wide(narrow(x));
+            STORE(out, r * n + i, x * LOAD(b, i));
+        }
+    }
+}
+PARTS(norm)
+
+// a = dy, b = w, c = x: dx = rstd (g - x/rms mean(g x/rms)), g = dy w
+MADE norm_back(const Work *w, int64_t first, int64_t last, const int half, const int mode) {
+    const void *a = w->a, *b = w->b, *c = w->c;
+    void *out = w->out;
+    const int64_t n = w->n;
+    const float plus = mode ? 1.0f : 0.0f;
+    for (int64_t r = first; r < last; r++) {
+        const float rstd = w->sums[r];
+        float dot = 0;
+        SUM(dot) for (int64_t i = 0; i < n; i++)
+            dot += LOAD(a, r * n + i) * (LOAD(b, i) + plus) * LOAD(c, r * n + i);
+        const float shared = dot * rstd * rstd / (float)n;
+        EACH for (int64_t i = 0; i < n; i++) {
+            const float g = LOAD(a, r * n + i) * (LOAD(b, i) + plus);
+            STORE(out, r * n + i, rstd * (g - shared * LOAD(c, r * n + i)));
+        }
+    }
+}
+PARTS(norm_back)
+
+// --- h = f(e) g: f is silu (mode 0) or gelu by tanh (mode 1) --------------------------------------
+
+MADE activated(float x, int mode, float *value, float *slope) {
+    if (mode == 0) {
+        const float s = 1.0f / (1.0f + expo(-x));
+        *value = x * s;
+        *slope = s * (1.0f + x * (1.0f - s));
+        return;
+    }
+    const float k = 0.7978845608f, c = 0.044715f;
+    // (1 + tanh u) / 2 is the sigmoid of 2u; beyond 20 it is 0 or 1, and squares stay finite
+    const float v = x < -20.0f ? -20.0f : x > 20.0f ? 20.0f : x;
+    const float s = 1.0f / (1.0f + expo(-2.0f * k * (v + c * v * v * v)));
+    *value = x * s;
+    *slope = s + 2.0f * k * v * s * (1.0f - s) * (1.0f + 3.0f * c * v * v);
+}
+
+// a = e, b = g
+MADE gate(const Work *w, int64_t first, int64_t last, const int half, const int mode) {
+    const void *a = w->a, *b = w->b;
+    void *out = w->out;
+    const int64_t begin = first * w->n, end = last * w->n;
+    EACH for (int64_t i = begin; i < end; i++) {
+        float f, slope;
+        activated(LOAD(a, i), mode, &f, &slope);
+        STORE(out, i, f * LOAD(b, i));
+    }
+}
+PARTS(gate)
+
+// c = dh: de and dg
+MADE gate_back(const Work *w, int64_t first, int64_t last, const int half, const int mode) {
+    const void *a = w->a, *b = w->b, *c = w->c;
+    void *out = w->out, *out2 = w->out2;
+    const int64_t begin = first * w->n, end = last * w->n;
+    EACH for (int64_t i = begin; i < end; i++) {
+        float f, slope;
+        activated(LOAD(a, i), mode, &f, &slope);
+        const float grad = LOAD(c, i), up = LOAD(b, i);
+        STORE(out, i, grad * up * slope);
+        STORE(out2, i, grad * f);
+    }
+}
+PARTS(gate_back)
+
+// --- rotary positions: [x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin] of each head of n numbers ---
+
+// a [tokens, heads, n], b = cos and c = sin [tokens, n]; mode turns the other way
+MADE rotate(const Work *w, int64_t first, int64_t last, const int half, const int mode) {
+    const void *a = w->a, *b = w->b, *c = w->c;
+    void *out = w->out;
+    const int64_t n = w->n, m = n / 2;
+    const float sign = mode ? -1.0f : 1.0f;
+    for (int64_t r = first; r < last; r++) {
+        const int64_t x = r * n, t = r / w->heads * n;
+        EACH for (int64_t i = 0; i < m; i++)
+            STORE(out, x + i,
+                  LOAD(a, x + i) * LOAD(b, t + i) - sign * LOAD(a, x + m + i) * LOAD(c, t + i));
+        EACH for (int64_t i = m; i < n; i++)
+            STORE(out, x + i,
+                  LOAD(a, x + i) * LOAD(b, t + i) + sign * LOAD(a, x - m + i) * LOAD(c, t + i));
+    }
+}
+PARTS(rotate)
+
+void inlay_norm(const void *x, const void *weight, void *out, float *rstd, int64_t rows, int64_t n,
+                float eps, int mode, int half, int threads) {
+    Work w = {.a = x, .b = weight, .out = out, .sums = rstd, .n = n, .eps = eps,
+              .half = half, .mode = mode};
+    spread(norm_parts, &w, rows, n, threads);
+}
+
+void inlay_norm_back(const void *grad, const void *weight, const void *x, void *out, float *rstd,
+                     int64_t rows, int64_t n, int mode, int half, int threads) {
+    Work w = {.a = grad, .b = weight, .c = x, .out = out, .sums = rstd, .n = n,
+              .half = half, .mode = mode};
+    spread(norm_back_parts, &w, rows, n, threads);
+}
+
+void inlay_gate(const void *e, const void *g, void *out, int64_t rows, int64_t n, int mode,
+                int half, int threads) {
+    Work w = {.a = e, .b = g, .out = out, .n = n, .half = half, .mode = mode};
+    spread(gate_parts, &w, rows, n * 4, threads);
+}
+
+void inlay_gate_back(const void *e, const void *g, const void *grad, void *de, void *dg,
+                     int64_t rows, int64_t n, int mode, int half, int threads) {
+    Work w = {.a = e, .b = g, .c = grad, .out = de, .out2 = dg, .n = n, .half = half, .mode = mode};
+    spread(gate_back_parts, &w, rows, n * 4, threads);
+}
+
+void inlay_rotate(const void *x, const void *cosine, const void *sine, void *out, int64_t tokens,
+                  int64_t heads, int64_t n, int mode, int half, int threads) {
+    Work w = {.a = x, .b = cosine, .c = sine, .out = out, .n = n, .heads = heads,
+              .half = half, .mode = mode};
+    spread(rotate_parts, &w, tokens * heads, n, threads);
+}
