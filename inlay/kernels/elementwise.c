@@ -4,36 +4,13 @@
 // In every function `half` says that the numbers are bfloat16.
 
 #include <math.h>
-#include <pthread.h>
-#include <stdint.h>
 #include <string.h>
 
-typedef void (*Part)(const void *work, int64_t first, int64_t last);
-typedef struct { Part part; const void *work; int64_t first, last; } Share;
-
-static void *one(void *given) {
-    const Share *s = given;
-    s->part(s->work, s->first, s->last);
-    return 0;
-}
+#include "pool.h"
 
 // rows 0 .. count over threads; `cost` is what a row is worth, in numbers
 static void spread(Part part, const void *work, int64_t count, int64_t cost, int threads) {
-    const int64_t worth = count * cost / 65536;  // a thread costs some 10 us
-    if (threads > 64) threads = 64;
-    if (threads > worth) threads = (int)worth;
-    if (threads < 1) threads = 1;
-    Share share[64];
-    pthread_t thread[64];
-    int started[64];
-    for (int t = 0; t < threads; t++) {
-        share[t] = (Share){part, work, count * t / threads, count * (t + 1) / threads};
-        started[t] = t > 0 && pthread_create(&thread[t], 0, one, &share[t]) == 0;
-    }
-    for (int t = 0; t < threads; t++)
-        if (!started[t]) one(&share[t]);
-    for (int t = 1; t < threads; t++)
-        if (started[t]) pthread_join(thread[t], 0);
+    share_out(part, work, count, 16384 / cost, threads);
 }
 
 static inline float wide(uint16_t h) {

@@ -42,7 +42,7 @@ def library(name: str) -> ctypes.CDLL | None:
 
 def _compiled(source: Path, compiler: str) -> Path:
     """Return the shared object of `source` for this machine, compiling it where it is not there."""
-    text = source.read_bytes()
+    text = source.read_bytes() + b"".join(h.read_bytes() for h in sorted(HERE.glob("*.h")))
     told = "\0".join([compiler, _version(compiler), _machine(), *FLAGS]).encode()
     folder = _folder()
     path = folder / f"{source.stem}-{hashlib.sha256(text + told).hexdigest()[:24]}.so"
