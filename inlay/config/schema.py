@@ -207,8 +207,9 @@ def keys(method: str = "lora", objective: str = "sft") -> dict[str, Key]:
                 "objective.name", str, "sft", "What is minimized; one of " + _objectives()
             )
             found |= _fields(objective_class(objective), "objective")
-            # train.packing is the one switch for it: it changes nothing but the speed
-            found.pop("objective.packing", None)
+            # train's are the one switch for them: they change nothing but the speed
+            for switch in ("packing", "fast"):
+                found.pop(f"objective.{switch}", None)
         else:
             found |= _fields(type(key.default), name)
     return found

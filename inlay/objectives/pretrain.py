@@ -23,6 +23,9 @@ class Pretrain:
     """Join a micro-batch into one row without padding; rows do not see each other, so that only the
     speed differs."""
 
+    fast: bool = True
+    """Compute head and loss together where the head is found; false = the model's own logits."""
+
     row = Text
     means = ("tokens",)
     task = "CAUSAL_LM"
@@ -48,7 +51,7 @@ class Pretrain:
 
     def loss(self, policy: nn.Module, batch: Batch, norm: dict[str, Tensor]) -> Tensor:
         """Return the share of this micro-batch."""
-        return token_loss(policy, batch, norm)
+        return token_loss(policy, batch, norm, fast=self.fast)
 
 
 OBJECTIVE = Pretrain

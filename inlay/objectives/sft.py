@@ -23,6 +23,9 @@ class Sft:
     """Join a micro-batch into one row without padding; rows do not see each other, so that only the
     speed differs."""
 
+    fast: bool = True
+    """Compute head and loss together where the head is found; false = the model's own logits."""
+
     row = Chat
     means = ("tokens",)
     task = "CAUSAL_LM"
@@ -47,7 +50,7 @@ class Sft:
 
     def loss(self, policy: nn.Module, batch: Batch, norm: dict[str, Tensor]) -> Tensor:
         """Return the share of this micro-batch."""
-        return token_loss(policy, batch, norm)
+        return token_loss(policy, batch, norm, fast=self.fast)
 
 
 OBJECTIVE = Sft

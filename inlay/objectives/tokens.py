@@ -29,11 +29,14 @@ def count_tokens(batch: Batch) -> dict[str, Tensor]:
     return {"tokens": total}
 
 
-def token_loss(policy: nn.Module, batch: Batch, norm: dict[str, Tensor]) -> Tensor:
+def token_loss(
+    policy: nn.Module, batch: Batch, norm: dict[str, Tensor], *, fast: bool = True
+) -> Tensor:
     """Return the share of `batch` in the mean over norm["tokens"], a float32 scalar.
 
     Where N = 0 it is a 0 that hangs on the graph.
     """
+    del fast  # there is one path so far
     trained = batch.labels[:, 1:] != IGNORED
     # the head computes only positions at which some row is trained: of assistant-only data that is
     # a fraction, and in small models the head is a large part of the time and most of the memory

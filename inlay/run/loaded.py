@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -41,7 +41,9 @@ class Loaded:
     def objective(self, config: RunConfig) -> Any:
         """Return the objective of a run over this base."""
         labels = {} if self.labels is None else {"labels": list(self.labels)}
-        return replace(config.objective, packing=config.train.packing, **labels)
+        given = {"packing": config.train.packing, "fast": config.train.fast, **labels}
+        known = {field.name for field in fields(config.objective)}
+        return replace(config.objective, **{k: v for k, v in given.items() if k in known})
 
     @contextmanager
     def given_back(self, model: Any) -> Iterator[None]:

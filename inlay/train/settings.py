@@ -50,6 +50,9 @@ class TrainConfig:
     packing: bool = False
     """Join each micro-batch into one row without padding; changes the speed, not the result."""
 
+    fast: bool = True
+    """Compute by fused paths, the same up to rounding; false = by the plain ones alone."""
+
     learning_rate: float = 2e-4
     """Peak learning rate of AdamW."""
 
