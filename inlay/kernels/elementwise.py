@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -
     plus_one: times 1 + w, as in Gemma; else what is divided is rounded to the dtype before it is
     multiplied, as in Llama.
     """
-    if not _compiled(x, weight):
+    if weight.requires_grad or not _compiled(x, weight):
         return _plain_norm(x, weight, eps, plus_one)
     return _Norm.apply(x, weight, eps, plus_one)
 
