@@ -24,6 +24,7 @@ from inlay.train.distributed import add_up, rank, world
 from inlay.train.evaluate import evaluate_loss
 from inlay.train.events import Events, memory_mb
 from inlay.train.factors import first_factors_frozen
+from inlay.train.fast import fast_paths
 from inlay.train.optim import make_optimizer
 from inlay.train.order import Order
 from inlay.train.plot import plot_loss
@@ -69,6 +70,9 @@ def fit(
             stack.enter_context(first_factors_frozen(model))
         stop = stack.enter_context(stop_signals())
         run = _Run(model, tokenizer, objective, train, eval, config, Path(folder), events)
+        if config.fast:
+            how = (tokenizer, objective, train[0], run.stepper.precision)
+            stack.enter_context(fast_paths(model, *how))
         run.restore() if resume else run.start()
         return run.go(stop)
 

@@ -1,0 +1,46 @@
+"""The fast paths of a run, put on its model for as long as it trains (`train.fast`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.model.accelerate import accelerated
+from inlay.model.blocks import fast_blocks
+from inlay.train.evaluate import inference
+from inlay.train.precision import autocast, device_of
+
+TOKENS = 16
+"""Tokens of a row that the model is shown to see what its layers are fed."""
+
+
+@contextmanager
+def fast_paths(
+    model: nn.Module, tokenizer: Any, objective: Any, row: Any, precision: torch.dtype
+) -> Iterator[None]:
+    """Let `model` compute by fast paths for a `with` block; the results are those of the plain.
+
+    row: an example, whose first tokens show what each layer is fed.
+    """
+
+    @torch.no_grad()
+    def run() -> None:
+        batch = _beginning(objective.collate([row], tokenizer)).to(device_of(model))
+        with inference(model), autocast(precision, device_of(model)):
+            objective.loss(model, objective.prepare(model, batch), objective.counts(batch))
+
+    with ExitStack() as stack:
+        stack.enter_context(accelerated(model, run))
+        stack.enter_context(fast_blocks(model, run))
+        yield
+
+
+def _beginning(batch: Any) -> Any:
+    """Return the batch with the first tokens of its rows alone."""
+    by_token = {name: t for name, t in vars(batch).items() if isinstance(t, Tensor) and t.ndim > 1}
+    return replace(batch, **{name: t[:, :TOKENS] for name, t in by_token.items()})
