@@ -63,9 +63,10 @@ def plain_loop(model, made):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
 @pytest.mark.parametrize(("size", "times"), [(8, 1), (2, 4), (1, 8)])
 def test_losses_and_weights_are_those_of_peft_in_a_plain_loop(
-    tiny_llama, tiny_tokenizer, tmp_path, size, times, packing
+    tiny_llama, tiny_tokenizer, tmp_path, size, times, packing, fast
 ):
     theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**LORA))
     ours = inlay.get_peft_model(tiny_llama(), inlay.LoraConfig(**LORA))
@@ -82,13 +83,17 @@ def test_losses_and_weights_are_those_of_peft_in_a_plain_loop(
         weight_decay=DECAY,
         warmup_steps=0,
         precision="float32",
+        fast=fast,
     )
     events = Events(tmp_path)
-    fit(ours, tiny_tokenizer, Sft(packing=packing), made, [], config, tmp_path, events)
+    objective = Sft(packing=packing, fast=fast)
+    fit(ours, tiny_tokenizer, objective, made, [], config, tmp_path, events)
     found = [e["loss"] for e in read_events(events.path) if e["event"] == "step"]
     assert found == pytest.approx(expected, abs=1e-5)
     assert found[-1] < found[0] - 0.01, "nothing was learned, so nothing was compared"
     weights = inlay.get_peft_model_state_dict(ours)
+    # other sums round otherwise, and AdamW's quotient magnifies that where a gradient is tiny
+    near = 5e-5 if fast else 1e-5
     torch.testing.assert_close(
-        dict(weights), peft.get_peft_model_state_dict(theirs), rtol=0, atol=1e-5
+        dict(weights), peft.get_peft_model_state_dict(theirs), rtol=0, atol=near
     )
