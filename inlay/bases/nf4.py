@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import Callable
 from typing import Any, Self, cast
 
@@ -22,6 +21,7 @@ from inlay.bases.plain import Linear
 from inlay.core.base import Layer, PackedModule, store
 from inlay.kernels import codec, matmul
 from inlay.kernels.codec import Packed
+from inlay.kernels.scratch import SCRATCH
 
 NAMES = ("absmax", "nested_absmax")
 """The buffers beside the codes: float32 or 8 bits, never cast with the model."""
@@ -290,28 +290,6 @@ def _numbers(packed: Packed, dtype: torch.dtype) -> Tensor:
         # an accelerator's allocator keeps freed memory, and knows which stream is done with it
         return codec.dequantize(packed, dtype=dtype)
     return codec.dequantize(packed, SCRATCH.take(dtype, math.prod(packed.shape)))
-
-
-class Scratch(threading.local):
-    """One buffer a thread and dtype, as large as the largest weight that was dequantized there."""
-
-    def __init__(self) -> None:
-        """Begin with none."""
-        self.buffers: dict[torch.dtype, Tensor] = {}
-
-    def take(self, dtype: torch.dtype, n: int) -> Tensor:
-        """Return room for n values, with whatever was in it."""
-        buffer = self.buffers.get(dtype)
-        if buffer is None or buffer.numel() < n:
-            self.buffers.pop(dtype, None)  # before the larger one is made
-            del buffer
-            # a tensor made in inference mode could not be written to outside of it
-            with torch.inference_mode(False):
-                buffer = self.buffers[dtype] = torch.empty(n, dtype=dtype)
-        return buffer[:n]
-
-
-SCRATCH = Scratch()
 
 
 class Nf4(Linear):

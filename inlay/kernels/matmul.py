@@ -25,6 +25,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def linear_into(room: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W^T as `linear`, in `room` [N, O] where the library writes to what it is given.
+
+    New memory costs a large product in bfloat16 a third of its time; oneDNN in float32 takes none
+    that is there, and is faster all the same.
+    """
+    if _by_onednn(x):
+        return linear(x, weight)
+    return torch.mm(x, weight.T, out=room)
+
+
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x W [N, I] of x [N, O] and W [O, I]; no gradient is noted."""
     return linear(x, weight.T)
