@@ -9,11 +9,13 @@ counted after it. B rows, S positions, N trained positions, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from inlay.kernels.linear_cross_entropy import linear_cross_entropy
+from inlay.model.output import find_output, takes_positions
 
 if TYPE_CHECKING:
     from inlay.data.collate import Batch
@@ -34,34 +36,51 @@ def token_loss(
 ) -> Tensor:
     """Return the share of `batch` in the mean over norm["tokens"], a float32 scalar.
 
-    Where N = 0 it is a 0 that hangs on the graph.
+    Where N = 0 it is a 0 that hangs on the graph. fast: where the model's head can be told apart,
+    it is computed together with the loss, for the trained positions alone.
     """
-    del fast  # there is one path so far
     trained = batch.labels[:, 1:] != IGNORED
+    targets, weights = batch.labels[:, 1:][trained], getattr(batch, "weights", None)
+    factors = None if weights is None else weights[:, 1:][trained]
+    # no cache: with one, transformers takes reset position_ids for one row, and packed rows would
+    # see each other
+    call = {**batch.inputs(), "use_cache": False}
+    output = find_output(policy, call) if fast else None
     # the head computes only positions at which some row is trained: of assistant-only data that is
     # a fraction, and in small models the head is a large part of the time and most of the memory
     asked = trained.any(0).nonzero().squeeze(1)
-    kept = {"logits_to_keep": asked} if _takes_positions(policy) else {}
-    # no cache: with one, transformers takes reset position_ids for one row, and packed rows would
-    # see each other
-    logits = policy(**batch.inputs(), use_cache=False, **kept).logits
-    if not kept:  # virtual tokens come before those of the batch
-        logits = logits[:, -batch.labels.shape[1] :]
-    # only the N trained rows of V numbers reach float32
-    rows = logits[trained[:, asked]] if kept else logits[:, :-1][trained]
-    rows, targets = rows.float(), batch.labels[:, 1:][trained]
-    weights = getattr(batch, "weights", None)
-    if weights is None:
-        total = nn.functional.cross_entropy(rows, targets, reduction="sum")
+    if takes_positions(policy):
+        call, trained = {**call, "logits_to_keep": asked}, trained[:, asked]
+    if output is None:
+        rows = _at(policy(**call).logits, trained)
+        total = _cross_entropy(rows.float(), targets, factors)
     else:
-        each = nn.functional.cross_entropy(rows, targets, reduction="none")
-        total = (each * weights[:, 1:][trained].to(each)).sum()
+        total = linear_cross_entropy(
+            _at(output.states(policy, call), trained),
+            output.head.weight,
+            targets,
+            bias=output.head.bias,
+            factors=factors,
+            scale=output.scale,
+            cap=output.cap,
+        )
     # a step that trains nothing at all has norm 0 and total 0
     return total / norm["tokens"].to(total).clamp(min=torch.finfo(total.dtype).tiny)
 
 
-def _takes_positions(policy: nn.Module) -> bool:
-    # a PeftModel hands its arguments on to the base
-    base = getattr(policy, "get_base_model", None)
-    model = policy if base is None else base()
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+def _at(found: Tensor, trained: Tensor) -> Tensor:
+    """Return the N trained rows of `found` [B, more than S, X]; trained [B, S].
+
+    What it has more is virtual tokens at the beginning, and the last position.
+    """
+    width = trained.shape[1]
+    if found.shape[1] != width:
+        found = found[:, -width - 1 : -1]
+    return found[trained]
+
+
+def _cross_entropy(rows: Tensor, targets: Tensor, factors: Tensor | None) -> Tensor:
+    if factors is None:
+        return nn.functional.cross_entropy(rows, targets, reduction="sum")
+    each = nn.functional.cross_entropy(rows, targets, reduction="none")
+    return (each * factors.to(each)).sum()
