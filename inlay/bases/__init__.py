@@ -1,7 +1,7 @@
 """The kinds of layer an adapter can be set into, one file a kind; `view` finds a module's.
 
 A file states its views as `LAYERS`, the most particular first, and as `SAMPLES` the layers that the
-laws are tried on: name -> () -> (module, input).
+laws are tried on: name -> () -> (module, input). One whose name begins with _ is a part of others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from inlay.core.base import Layer
 @cache
 def layers() -> tuple[type[Layer], ...]:
     """Return every view this package offers, `plain` last: it accepts whatever the others leave."""
-    names = sorted((m.name for m in pkgutil.iter_modules(__path__)), key=lambda n: n == "plain")
+    found = [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
+    names = sorted(found, key=lambda n: n == "plain")
     return tuple(c for n in names for c in importlib.import_module(f"{__name__}.{n}").LAYERS)
 
 

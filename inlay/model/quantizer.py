@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.bases.nf4 import STATE, PackedLinear, read
+from inlay.bases._packed import STATE, read
+from inlay.bases.nf4 import PackedLinear
 from inlay.core.errors import UserError
 from inlay.kernels import codec
 from inlay.model.defaults import HEADS
