@@ -81,7 +81,7 @@ def quantize(weight: Tensor, kind: str = "nf4", block: int = 64, double: bool = 
     """Return `weight` in codes of `kind`, computed a piece at a time on its own device.
 
     weight float32, bfloat16 or float16, of any shape; the last block may be short. In int8 a block
-    is a row of a matrix, and the magnitudes stay in float32. UserError for a
+    is a row of a matrix, or of each in a stack, and the magnitudes stay in float32. UserError for a
     kind or block that is not known, for a weight of another dtype, and for one with values that are
     not finite. Largest error of a value in NF4: 0.152 absmax.
     """
@@ -138,6 +138,24 @@ def scales(packed: Packed) -> Tensor:
     return dynamic_map(packed.absmax.device)[packed.absmax.int()] * spread + packed.offset
 
 
+def divides(packed: Packed) -> bool:
+    """Return whether each of a stack [E, ...] has blocks of its own."""
+    return math.prod(packed.shape[1:]) % max(packed.block, 2) == 0
+
+
+def one(packed: Packed, i: int) -> Packed:
+    """Return the i-th [...] of a stack [E, ...] that `divides`; its codes are not copied."""
+    shape = packed.shape[1:]
+    n = math.prod(shape)
+    many, size = n // packed.block, n if packed.kind == INT8 else n // 2
+    blocks, codes = slice(i * many, (i + 1) * many), packed.codes[i * size : (i + 1) * size]
+    if packed.nested is None or many % NESTED:  # of a nested block it would have a part
+        return Packed(codes, scales(packed)[blocks], packed.kind, packed.block, shape)
+    nested = packed.nested[i * many // NESTED : (i + 1) * many // NESTED]
+    absmax = packed.absmax[blocks]
+    return dataclasses.replace(packed, codes=codes, absmax=absmax, nested=nested, shape=shape)
+
+
 def table(kind: str, device: torch.device | None = None) -> Tensor:
     """Return the 16 values [16] of the codes."""
     return _table(kind, device or torch.device("cpu"))
@@ -160,7 +178,7 @@ def dynamic_map(device: torch.device) -> Tensor:
 def _plainly(packed: Packed, out: Tensor) -> None:
     """Fill `out` [n] by plain torch, a piece at a time."""
     if packed.kind == INT8:
-        rows, width = packed.shape
+        rows, width = len(packed.absmax), packed.block
         steps, codes = packed.absmax / 127, packed.codes.view(torch.int8).view(rows, width)
         many = max(1, PIECE // width)
         for i in range(0, rows, many):
@@ -190,14 +208,21 @@ def _compiled(packed: Packed, out: Tensor) -> bool:
     return True
 
 
-FAST: dict[str, Callable[[Packed, Tensor], bool]] = {"cpu": _compiled}
+def _by_triton(packed: Packed, out: Tensor) -> bool:
+    from inlay.kernels import gpu  # which needs what is here
+
+    return gpu.dequantize(packed, out)
+
+
+FAST: dict[str, Callable[[Packed, Tensor], bool]] = {"cpu": _compiled, "cuda": _by_triton}
 """Device type -> what fills `out` [n] there, or returns False for what it does not know."""
 
 
 def _rows(weight: Tensor) -> Packed:
-    """Return a matrix [O, I] in int8: each row over its absmax, times 127, rounded."""
-    if weight.ndim != 2:
-        raise UserError(f"int8 takes a matrix, not a weight of {list(weight.shape)}")
+    """Return matrices [..., O, I] in int8: each row over its absmax, times 127, rounded."""
+    if weight.ndim < 2:
+        raise UserError(f"int8 takes matrices, not a weight of {list(weight.shape)}")
+    shape, weight = tuple(weight.shape), weight.reshape(-1, weight.shape[-1])
     rows, width = weight.shape
     codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
     absmax = torch.empty(rows, device=weight.device)
@@ -209,7 +234,7 @@ def _rows(weight: Tensor) -> Packed:
         absmax[i : i + many] = most
         scaled = part.mul_((127.0 / most.clamp(min=1e-36))[:, None])  # over less it is not finite
         codes[i : i + many] = scaled.round_().clamp_(-127, 127)
-    return Packed(codes.view(torch.uint8).view(-1), absmax, INT8, width, (rows, width))
+    return Packed(codes.view(torch.uint8).view(-1), absmax, INT8, width, shape)
 
 
 def _check_finite(most: Tensor) -> None:
