@@ -8,8 +8,6 @@ so a checkpoint of either is one of both.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from typing import Any, Self, cast
 
@@ -17,19 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inlay.bases._packed import NAMES, PackedTensor, read
 from inlay.bases.plain import Linear
 from inlay.core.base import Layer, PackedModule, store
-from inlay.kernels import codec, matmul
-from inlay.kernels.codec import Packed
-from inlay.kernels.scratch import SCRATCH
-
-NAMES = ("absmax", "nested_absmax")
-"""The buffers beside the codes: float32 or 8 bits, never cast with the model."""
-STATE = "weight.quant_state.bitsandbytes__"
-"""The key, less the kind, under which a state dict holds what is no tensor, as JSON in bytes."""
+from inlay.kernels import products
 
 
-class PackedLinear(nn.Linear, PackedModule):
+class PackedLinear(nn.Linear, PackedTensor, PackedModule):
     """`nn.Linear` with its weight in codes.
 
     weight uint8 [ceil(O*I/2), 1]; absmax [blocks], and nested_absmax [ceil(blocks/256)] where those
@@ -38,9 +30,6 @@ class PackedLinear(nn.Linear, PackedModule):
     """
 
     dense: nn.Parameter | None
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    like: Tensor
 
     def __init__(
         self,
@@ -55,26 +44,12 @@ class PackedLinear(nn.Linear, PackedModule):
         device: torch.device | str | None = None,
     ) -> None:
         """Make room for the codes; `pack` or a state dict fills it. dtype: what it computes in."""
-        nn.Module.__init__(self)
-        codec.check_kind(kind)
+        settings: dict[str, Any] = {"kind": kind, "block": block, "double": double}
+        shape = out_features, in_features
+        PackedTensor.__init__(self, shape, dtype=dtype, device=device, **settings)
         self.in_features, self.out_features = in_features, out_features
-        self.kind, self.block, self.offset = kind, block, 0.0
-        n = in_features * out_features
-        empty, room = torch.empty, ((n + 1) // 2, 1)
-        if kind == codec.INT8:  # a block is a row
-            self.block, double, room = in_features, False, (out_features, in_features)
-        blocks, stored = -(-n // self.block), _stored(kind)
-        self.register_buffer("weight", empty(room, dtype=stored, device=device))
-        scales = empty(blocks, dtype=torch.uint8 if double else torch.float32, device=device)
-        nested = empty(-(-blocks // codec.NESTED), device=device) if double else None
-        # persistent, though the state dict holds them by other names: transformers makes anew what
-        # is not, when it has loaded a model
-        self.register_buffer("absmax", scales)
-        self.register_buffer("nested_absmax", nested)
-        # holds no values: it is moved and cast with the model, and so knows what to compute in
-        self.register_buffer("like", empty(0, dtype=dtype, device=device), persistent=False)
         self.register_parameter("dense", None)
-        own = empty(out_features, dtype=dtype, device=device) if bias else None
+        own = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", own if own is None else nn.Parameter(own, False))
 
     @classmethod
@@ -90,44 +65,16 @@ class PackedLinear(nn.Linear, PackedModule):
         return made.train(linear.training)
 
     @property
-    def compute_dtype(self) -> torch.dtype:
-        """What the weight is dequantized to: that of the model."""
-        return self.like.dtype
-
-    @property
     def numel(self) -> int:
         """How many values the weight has; none while a merged one stands in for it."""
         return 0 if self.dense is not None else self.in_features * self.out_features
-
-    @property
-    def packed(self) -> Packed:
-        """The codes and what turns them into the weight [O, I]; nothing is copied."""
-        shape = (self.out_features, self.in_features)
-        codes, nested = self.weight.view(torch.uint8).view(-1), self.nested_absmax
-        return Packed(codes, self.absmax, self.kind, self.block, shape, nested, self.offset)
-
-    def pack(self, weight: Tensor) -> None:
-        """Take the weight [O, I], in codes, on its device."""
-        double = self.nested_absmax is not None
-        block = 64 if self.kind == codec.INT8 else self.block
-        self.take(codec.quantize(weight.contiguous(), self.kind, block, double))
-
-    def take(self, packed: Packed) -> None:
-        """Take the codes of a weight [O, I]."""
-        assert packed.shape == (self.out_features, self.in_features)
-        room = packed.shape if packed.kind == codec.INT8 else (-1, 1)
-        self.weight = packed.codes.view(_stored(packed.kind)).view(room)
-        self.absmax, self.nested_absmax = packed.absmax, packed.nested
-        self.kind, self.block, self.offset = packed.kind, packed.block, packed.offset
-        self.like = self.like.new_empty(0, device=packed.codes.device)
 
     def unpacked(self) -> nn.Linear:
         """Return the plain layer: of what was merged, or of the dequantized weight."""
         made = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         weight = self.dense
         if weight is None:
-            numbers = codec.dequantize(self.packed, dtype=self.compute_dtype)
-            weight = nn.Parameter(numbers, requires_grad=False)
+            weight = nn.Parameter(self.numbers(), requires_grad=False)
         made.weight = weight
         if self.bias is not None:
             made.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
@@ -142,18 +89,8 @@ class PackedLinear(nn.Linear, PackedModule):
             return F.linear(input, self.dense, self.bias)
         bias = None if self.bias is None else self.bias.to(dtype)
         product: Any = _Product.apply
-        out = cast(Tensor, product(input.to(dtype), bias, self, dtype))
+        out = cast(Tensor, product(input.to(dtype), bias, self))
         return out if automatic else out.to(input.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Convert as any module does, but for the magnitudes, which are moved and never cast."""
-        before = {name: self._buffers[name] for name in NAMES}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -164,29 +101,6 @@ class PackedLinear(nn.Linear, PackedModule):
             destination[f"{prefix}weight"] = dense
         elif not self.weight.is_meta:
             destination.update({f"{prefix}{key}": value for key, value in self.parts().items()})
-
-    def parts(self) -> dict[str, Tensor]:
-        """Return what a state dict holds beside `weight`, as bitsandbytes names it."""
-        where = self.weight.device
-        if self.kind == codec.INT8:
-            row_by_row = torch.tensor(0, dtype=torch.uint8, device=where)
-            return {"SCB": self.absmax, "weight_format": row_by_row}
-        told: dict[str, Any] = {
-            "quant_type": self.kind,
-            "blocksize": self.block,
-            "dtype": str(self.compute_dtype).removeprefix("torch."),
-            "shape": [self.out_features, self.in_features],
-        }
-        found = {"absmax": self.absmax, "quant_map": codec.table(self.kind).to(where, copy=True)}
-        if self.nested_absmax is not None:
-            found["nested_absmax"] = self.nested_absmax
-            # a copy, for safetensors refuses tensors that share their memory
-            found["nested_quant_map"] = codec.dynamic_map(torch.device("cpu")).to(where, copy=True)
-            told |= {"nested_blocksize": codec.NESTED, "nested_dtype": "float32"}
-            told["nested_offset"] = self.offset
-        text = list(json.dumps(told).encode())
-        state = torch.tensor(text, dtype=torch.uint8, device=where)
-        return {f"weight.{n}": t for n, t in found.items()} | {f"{STATE}{self.kind}": state}
 
     def _load_from_state_dict(
         self,
@@ -215,81 +129,27 @@ class PackedLinear(nn.Linear, PackedModule):
             error_msgs.append(f"{prefix}weight is no packed weight of this layer: {error}")
 
 
-def read(codes: Tensor, parts: dict[str, Tensor]) -> Packed:
-    """Return the packed weight that a state dict holds as `codes` and what stands beside them.
-
-    parts: by the names of `PackedLinear.parts`. ValueError where they do not go together.
-    """
-    if "SCB" in parts:
-        return _read_rows(codes, parts["SCB"], parts.get("weight_format"))
-    states = [tensor for key, tensor in parts.items() if key.startswith(STATE)]
-    try:
-        told = json.loads(bytes(states[0].tolist()))
-        kind, block, shape = str(told["quant_type"]), int(told["blocksize"]), told["shape"]
-        absmax = parts["weight.absmax"]
-        nested = parts.get("weight.nested_absmax")
-        offset = 0.0 if nested is None else float(told["nested_offset"])
-        outer = codec.NESTED if nested is None else int(told["nested_blocksize"])
-        n = math.prod(shape)
-    except (KeyError, IndexError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"its quantization state cannot be read ({error!r})") from None
-    codec.check_kind(kind)
-    blocks = -(-n // block) if block in codec.BLOCKS else -1
-    codes = codes.view(torch.uint8).reshape(-1)
-    wanted = torch.float32 if nested is None else torch.uint8
-    if (len(codes), absmax.numel(), absmax.dtype) != ((n + 1) // 2, blocks, wanted):
-        raise ValueError(f"its codes or magnitudes are not those of {list(shape)} in {block}s")
-    if nested is not None and (outer, nested.numel()) != (codec.NESTED, -(-blocks // outer)):
-        raise ValueError(f"its nested blocks of {outer} are not of {codec.NESTED}")
-    where = codes.device
-    scales = absmax.to(where, copy=True).reshape(-1)
-    outermost = None if nested is None else nested.to(where, torch.float32, copy=True).reshape(-1)
-    return Packed(codes.clone(), scales, kind, block, tuple(shape), outermost, offset)
-
-
-def _read_rows(codes: Tensor, absmax: Tensor, layout: Tensor | None) -> Packed:
-    if layout is not None and int(layout) != 0:
-        raise ValueError(f"its rows are laid out as number {int(layout)} of bitsandbytes, not 0")
-    if codes.dtype != torch.int8 or codes.ndim != 2 or absmax.numel() != len(codes):
-        raise ValueError(f"its codes {list(codes.shape)} or magnitudes are not those of int8")
-    scales = absmax.to(codes.device, torch.float32, copy=True).reshape(-1)
-    flat = codes.clone().view(torch.uint8).view(-1)
-    return Packed(flat, scales, codec.INT8, codes.shape[1], tuple(codes.shape))
-
-
-def _stored(kind: str) -> torch.dtype:
-    return torch.int8 if kind == codec.INT8 else torch.uint8
-
-
 class _Product(torch.autograd.Function):
     """x W^T + b, keeping neither x nor W: the gradient of x asks for W alone, made anew."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, module: PackedLinear, dtype: torch.dtype
-    ) -> Tensor:
-        """Return x W^T + b."""
-        ctx.module, ctx.dtype = module, dtype
-        return F.linear(x, _numbers(module.packed, dtype), bias)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, module: PackedLinear) -> Tensor:
+        """Return x W^T + b [..., O]."""
+        ctx.module = module
+        out = products.linear(x.reshape(-1, module.in_features), module.packed, bias)
+        return out.view(*x.shape[:-1], module.out_features)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Return the gradients of x and of the bias, where these are wanted."""
         (grad,) = grads
+        module, rows = ctx.module, grad.reshape(-1, grad.shape[-1])
         x = bias = None
         if ctx.needs_input_grad[0]:
-            x = grad @ _numbers(ctx.module.packed, ctx.dtype)
+            x = products.product(rows, module.packed).view(*grad.shape[:-1], module.in_features)
         if ctx.needs_input_grad[1]:
-            bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return x, bias, None, None
-
-
-def _numbers(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """Return the weight [O, I]; on the CPU in this thread's buffer, until the next call."""
-    if packed.codes.device.type != "cpu":
-        # an accelerator's allocator keeps freed memory, and knows which stream is done with it
-        return codec.dequantize(packed, dtype=dtype)
-    return codec.dequantize(packed, SCRATCH.take(dtype, math.prod(packed.shape)))
+            bias = rows.sum(0)
+        return x, bias, None
 
 
 class Nf4(Linear):
@@ -311,17 +171,16 @@ class Nf4(Linear):
         """Return W [O, I]: dequantized anew, or what was merged."""
         if self.module.dense is not None:
             return self.module.dense
-        return codec.dequantize(self.module.packed, dtype=self.dtype)
+        return self.module.numbers()
 
     def forward_product(self, x: Tensor) -> Tensor:
         """Return x W^T + b [N, O] of x [N, I], computed in its dtype; no gradient is noted."""
         bias = self.bias()
-        weight = _numbers(self.module.packed, x.dtype)
-        return matmul.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return products.linear(x, self.module.packed, None if bias is None else bias.to(x.dtype))
 
     def backward_product(self, grad: Tensor) -> Tensor:
         """Return grad W [N, I] of grad [N, O], computed in its dtype; no gradient is noted."""
-        return matmul.product(grad, _numbers(self.module.packed, grad.dtype))
+        return products.product(grad, self.module.packed)
 
     def store(self, weight: Tensor, bias: Tensor | None) -> None:
         """Let weight [O, I] stand in for the codes, and put bias [O] in place."""
