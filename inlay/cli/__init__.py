@@ -89,7 +89,7 @@ class Once(argparse.Action):
 
 def commands() -> list[str]:
     """Return the names of the commands, those of a run's life first."""
-    found = [module.name for module in pkgutil.iter_modules(__path__)]
+    found = [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
     known = [name for name in ORDER if name in found]
     return known + [name for name in sorted(found) if name not in known]
 

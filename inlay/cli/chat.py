@@ -16,6 +16,7 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
+from inlay.cli._machine import settle
 from inlay.core.errors import UserError, nearest
 
 
@@ -43,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--max_new_tokens is {arguments.max_new_tokens}; it must be 1 or more")
     if not 0 <= arguments.temperature < float("inf"):
         raise UserError(f"--temperature is {arguments.temperature}; it must be 0 or more, finite")
+    settle()
     model, tokenizer = load(arguments)
     if not hasattr(model, "generate") or not model.can_generate():
         raise UserError("this is a classifier, which does not talk; `inlay eval` measures it")

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from inlay.cli._machine import settle
 from inlay.core.errors import UserError
 
 USAGE = "usage: inlay compare [RECIPE] --methods NAME,NAME,... [--KEY VALUE ...]"
@@ -45,6 +46,7 @@ def main(words: Sequence[str]) -> int:
     given, rest = read_options([word for word in words if word not in {f"--{n}" for n in flags}])
     from inlay.cli.train import stop_asked
 
+    machine = settle()
     with stop_asked():
         from inlay.config.recipe import read_recipe
         from inlay.config.words import read_words
@@ -57,7 +59,10 @@ def main(words: Sequence[str]) -> int:
         from inlay.run.compare_view import JsonView, Terminal
 
         options = Options(**given, overwrite="overwrite" in flags)
-        compare(recipe, keys, options, JsonView() if "json" in flags else Terminal())
+        view = JsonView() if "json" in flags else Terminal()
+        if machine:
+            view.notice(machine)
+        compare(recipe, keys, options, view)
     return 0
 
 

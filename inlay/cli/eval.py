@@ -15,6 +15,7 @@ import argparse
 from contextlib import nullcontext
 from typing import Any
 
+from inlay.cli._machine import settle
 from inlay.core.errors import UserError
 
 
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure both sides and print them."""
+    settle()
     from inlay.config.schema import RunConfig
     from inlay.run.folder import Run
     from inlay.run.loaded import load

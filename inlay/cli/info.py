@@ -16,6 +16,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from inlay.cli._machine import WAIT, processor, settle
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say what the command takes."""
@@ -51,9 +53,10 @@ def about(folder: Path) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Return versions, device, cores and memory."""
+    """Return versions, device, processor, threads, compiled kernels and memory."""
     import importlib.metadata
 
+    settle()  # so that it tells what a run would find
     import torch
 
     from inlay import __version__
@@ -62,15 +65,30 @@ def machine() -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in packages}
     cuda = torch.cuda.is_available()
     device = f"cuda: {torch.cuda.get_device_name()}" if cuda else "cpu"
+    name, features = processor()
     return {
         "inlay": __version__,
         "python": platform.python_version(),
         **versions,
         "device": device,
+        "processor": ": ".join([name, " ".join(features)] if features else [name]),
         "cores": f"{os.cpu_count()} ({torch.get_num_threads()} threads)",
+        "idle threads": f"OMP_WAIT_POLICY {os.environ.get(WAIT, 'not set')}",
+        "kernels": _kernels(),
         "memory": _memory(),
         "base": "inlay-tiny, built in",
     }
+
+
+def _kernels() -> list[str]:
+    """Return which of the package's C sources are in use here; compiles what has not been yet."""
+    from inlay.kernels.native import HERE, library
+
+    names = sorted(path.stem for path in HERE.glob("*.c"))
+    compiled = [name for name in names if library(name) is not None]
+    plain = [name for name in names if name not in compiled]
+    told = [f"compiled: {', '.join(compiled)}"] if compiled else []
+    return [*told, f"plain torch, for want of a compiler: {', '.join(plain)}"] if plain else told
 
 
 def _run(folder: Path) -> dict[str, Any]:

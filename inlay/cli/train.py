@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from inlay.cli._machine import settle
 from inlay.core.errors import UserError
 
 USAGE = "usage: inlay train [RECIPE] [--KEY VALUE ...] [--overwrite] [--json] [--debug]"
@@ -35,12 +36,15 @@ def main(words: Sequence[str]) -> int:
         return 0
     options = {name for name in OPTIONS if f"--{name}" in words}
     words = [word for word in words if word not in {f"--{name}" for name in options}]
+    machine = settle()
     with stop_asked():
         resolved = settings(words)
         from inlay.run import start
         from inlay.run.report import JsonLines, Terminal
 
         report = JsonLines() if "json" in options else Terminal()
+        if machine:
+            report.notice(machine)
         start(resolved, overwrite="overwrite" in options, report=report)
     return 0
 

@@ -1,0 +1,126 @@
+"""What a command sets of the machine, and that torch sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from inlay.cli import _machine
+from tests.cli.conftest import SMALL
+
+SETTLED = (
+    "from inlay.cli._machine import settle; print(settle());"
+    "import torch; print(torch.get_num_threads())"
+)
+SET = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
+
+
+def alone(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Return what Python says in a process whose environment sets nothing of the machine."""
+    kept = {name: value for name, value in os.environ.items() if name not in SET}
+    return subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**kept, **environment},
+    )
+
+
+def test_torch_runs_as_was_settled_before_it_was_loaded():
+    ran = alone("-c", SETTLED, OMP_DISPLAY_ENV="true")
+    cores = _machine.cores()
+    told = f"set for this machine: OMP_WAIT_POLICY passive, OMP_NUM_THREADS {cores}"
+    assert ran.stdout.splitlines() == [told, str(cores)]
+    # what the OpenMP library itself has read
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in ran.stderr
+
+
+def test_what_the_user_has_set_stays():
+    given = {"OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": "1"}
+    ran = alone("-c", SETTLED, OMP_DISPLAY_ENV="true", **given)
+    assert ran.stdout.splitlines() == ["", "1"]
+    assert "OMP_WAIT_POLICY = 'ACTIVE'" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({}, ["OMP_WAIT_POLICY", "OMP_NUM_THREADS"]),
+        ({"OMP_NUM_THREADS": "1"}, ["OMP_WAIT_POLICY"]),
+        ({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "active"}, []),
+        ({"LOCAL_WORLD_SIZE": "2"}, ["OMP_WAIT_POLICY"]),
+    ],
+)
+def test_only_what_is_not_set_is_set(monkeypatch, environment, told):
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    before = dict(environment)
+    line = _machine.settle(environment)
+    assert [name for name in environment if name not in before] == told
+    assert {name: environment[name] for name in before} == before
+    assert all(name in line for name in told)
+    assert bool(line) == bool(told)
+
+
+def test_once_torch_is_loaded_nothing_is_set():
+    import torch  # noqa: F401
+
+    environment: dict[str, str] = {}
+    assert (_machine.settle(environment), environment) == ("", {})
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 4),
+        ({"cpu.max": "max 100000"}, 4),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+    ],
+)
+def test_cores_are_those_of_the_container_and_a_pair_of_threads_is_one(
+    tmp_path, monkeypatch, files, cores
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(_machine, "CPU", tmp_path / "cpus")
+    monkeypatch.setattr(_machine, "CGROUP", tmp_path)
+    for n in range(8):
+        files = {**files, f"cpus/cpu{n}/topology/thread_siblings_list": f"{n % 4},{n % 4 + 4}"}
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert _machine.cores() == cores
+
+
+@pytest.mark.slow
+def test_train_says_in_one_line_what_it_set(place: Path):
+    ran = alone("-m", "inlay", "train", "--data", "chats.jsonl", *SMALL, "--json")
+    events = [json.loads(line) for line in ran.stdout.splitlines()]
+    told = [e["text"] for e in events if e["event"] == "notice" and "machine" in e["text"]]
+    assert len(told) == 1
+    assert "OMP_WAIT_POLICY passive" in told[0]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["info", "--help"]])
+def test_help_loads_no_torch_and_no_transformers(words):
+    code = (
+        f"import sys; from inlay.cli import main; main({words!r});"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    assert alone("-c", code).stdout.splitlines()[-1] == "[]"
+
+
+def test_info_tells_the_processor_the_kernels_and_how_threads_wait():
+    found = json.loads(alone("-m", "inlay", "info", "--json").stdout)
+    assert found["idle threads"] == "OMP_WAIT_POLICY passive"
+    assert found["cores"].endswith(f"({_machine.cores()} threads)")
+    assert found["processor"].startswith(_machine.processor()[0])
+    assert any("nf4" in line for line in found["kernels"])
