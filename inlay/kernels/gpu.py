@@ -84,7 +84,7 @@ def wrong(kernels: ModuleType | Any, device: torch.device, dtype: torch.dtype) -
     """Return what `kernels` compute otherwise than plain torch does on the CPU, or None."""
     generator = torch.Generator().manual_seed(0)
     weight, x, grad, bias = (
-        torch.randn(shape, generator=generator) for shape in ((70, 128), (3, 128), (3, 70), (70,))
+        torch.randn(shape, generator=generator) for shape in ((80, 128), (3, 128), (3, 80), (80,))
     )
     narrow = [t.to(dtype).float() for t in (x, grad, bias)]
     for kind in codec.KINDS:
