@@ -2,7 +2,8 @@
 
 In bfloat16, on a CPU that has instructions for it (AVX512-BF16), `products.c` makes the weight a
 panel at a time, in the cache, and multiplies it there: of the same numbers, added up in float32.
-Elsewhere the weight is dequantized whole, on the CPU into a buffer that all layers share.
+So does Triton on a GPU, for few rows (`gpu.py`). Elsewhere the weight is dequantized whole, on the
+CPU into a buffer that all layers share.
 """
 
 from __future__ import annotations
