@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from inlay.bases._experts import PackedExperts
 from inlay.bases.plain import LAYERS as PLAIN_LAYERS
 from inlay.bases.plain import Opaque
 from inlay.core.base import store
@@ -23,8 +25,8 @@ class Parameters(Opaque):
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
         """Return whether `module` is such a one, and neither torch's nor one with its own view."""
-        own, all_of_it = raw(module), list(module.parameters())
-        if len(own) < len(all_of_it) or not any(p.ndim in (2, 3) for p in all_of_it):
+        own, all_of_it = shapes(module), list(module.parameters())
+        if len(own) < len(all_of_it) or not any(len(shape) in (2, 3) for shape in own.values()):
             return False
         if type(module).__module__.startswith("torch.nn."):
             return False  # why none of its own views takes it, it says itself
@@ -33,7 +35,7 @@ class Parameters(Opaque):
     @property
     def shape(self) -> tuple[int, int]:  # type: ignore[override]
         """The number of values [N], with 1 for inputs that it does not have."""
-        return sum(p.numel() for p in raw(self.module).values()), 1
+        return sum(shape.numel() for shape in shapes(self.module).values()), 1
 
     def weight(self) -> Tensor:
         """Return the parameters as one vector [N]."""
@@ -52,6 +54,28 @@ class Parameters(Opaque):
         """Put the values [N] in place."""
         assert bias is None
         store(self.module, **split(weight, shapes(self.module)))
+
+    def settled(self) -> nn.Module:
+        """Return the module, without codes where something was stored in their place."""
+        module = self.module
+        if isinstance(module, PackedExperts) and not module.in_codes:
+            return module.unpacked()
+        return module
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.module.buffers() if self._codes else self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters: of packed ones, what they are dequantized to."""
+        return self._codes.compute_dtype if self._codes else super().dtype
+
+    @property
+    def _codes(self) -> PackedExperts | None:
+        module = self.module
+        return module if isinstance(module, PackedExperts) and module.in_codes else None
 
 
 LAYERS = (Parameters,)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -146,6 +147,11 @@ class PackedModule(nn.Module, ABC):
     @abstractmethod
     def numel(self) -> int:
         """How many values the packed weight has; none while a merged one stands in for it."""
+
+    @property
+    def stacks(self) -> Mapping[str, torch.Size]:
+        """The shapes of the packed ones among the parameters it holds in no layer (`core.raw`)."""
+        return {}
 
     @abstractmethod
     def unpacked(self) -> nn.Module:

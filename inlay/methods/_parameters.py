@@ -12,12 +12,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from inlay.core.adapter import Reweight
 from inlay.core.base import Base, Kind, Layer
 from inlay.core.errors import UserError
-from inlay.core.raw import is_named, joined, raw, shapes, split
+from inlay.core.raw import called, is_named, joined, raw, shapes, split
 from inlay.core.targeted import Extra
 from inlay.methods.lora import Lora, LoraConfig, draw
 
@@ -33,19 +32,19 @@ class ParameterLora(Reweight):
         self._ranks: dict[str, tuple[int, float]] = {}
         self._shapes = shapes(base.module)
         self._flipped = bool(getattr(base.module, "is_transposed", False))
-        for name, p in raw(base.module).items():
+        for name, shape in self._shapes.items():
             path = f"{base.path}.{name}" if base.path else name
             if not is_named(path, self.config.target_parameters or ()):
                 continue
             here = self.config.at(path)
             self._ranks[name] = here.r, here.scaling
-            experts, outputs, inputs = self._sizes(p)
+            experts, outputs, inputs = self._sizes(shape)
             self.register_parameter(f"{name}_lora_A", self.parameter(experts * here.r, inputs))
             self.register_parameter(f"{name}_lora_B", self.parameter(outputs, here.r * experts))
 
-    def _sizes(self, p: Tensor) -> tuple[int, int, int]:
-        experts, outputs, inputs = p.shape if p.ndim == 3 else (1, *p.shape)
-        if self._flipped and p.ndim == 3:
+    def _sizes(self, shape: torch.Size) -> tuple[int, int, int]:
+        experts, outputs, inputs = shape if len(shape) == 3 else (1, *shape)
+        if self._flipped and len(shape) == 3:
             outputs, inputs = inputs, outputs
         return experts, outputs, inputs
 
@@ -61,7 +60,7 @@ class ParameterLora(Reweight):
         found = dict(own)
         for name, (r, scaling) in self._ranks.items():
             p = own[name]
-            experts, outputs, inputs = self._sizes(p)
+            experts, outputs, inputs = self._sizes(p.shape)
             a = self.get_parameter(f"{name}_lora_A").to(p.dtype).view(experts, r, inputs)
             b = self.get_parameter(f"{name}_lora_B").to(p.dtype).view(outputs, r, experts)
             left, right = b.permute(2, 0, 1), a
@@ -79,8 +78,12 @@ class ParameterLora(Reweight):
 
     def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what the module computes with the updated parameters in their places."""
-        own = raw(base.module) if isinstance(base, Layer) else split(base.weight(), self._shapes)
-        return functional_call(base.module, self._updated(own), (x, *args), kwargs)
+
+        def updated() -> dict[str, Tensor]:
+            plain = isinstance(base, Layer)
+            return self._updated(raw(base.module) if plain else split(base.weight(), self._shapes))
+
+        return called(base.module, updated, (x, *args), kwargs)
 
     def keys(self, base: Base) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return PEFT's names: each further parameter of a module stands around those before it."""
@@ -102,14 +105,14 @@ def parameter_sites(
     for full in config.parameters(found):
         path, _, name = full.rpartition(".")
         module = found[path]
-        parameter = module.get_parameter(name)
+        shape = shapes(module).get(name)
         linear = isinstance(module, nn.Linear) and name == "weight"
         if path in taken:
             raise UserError(f"{path!r} is in target_modules and {full!r} in target_parameters too")
-        stack = parameter.ndim in (2, 3) and name in raw(module)
+        stack = shape is not None and len(shape) in (2, 3)
         if not linear and (not stack or isinstance(module, nn.Linear | nn.Embedding)):
             raise UserError(
-                f"{full!r} is a {list(parameter.shape)} of a {type(module).__name__}: "
+                f"{full!r} is a {list(getattr(module, name).shape)} of a {type(module).__name__}: "
                 "target_parameters takes matrices, and stacks of them, that are no layer's; name "
                 "the layer in target_modules"
             )

@@ -17,6 +17,7 @@ from torch import nn
 
 import inlay.bases
 from inlay.bases import view
+from inlay.bases._experts import pack_parameters
 from inlay.core.adapter import Adapter, Reweight, Wrap
 from inlay.core.base import Base
 from inlay.core.beside import Bias, Copy
@@ -59,6 +60,12 @@ class Mixture(nn.Module):
         experts = self.experts.mT if self.is_transposed else self.experts
         weights = (x @ self.router.T).softmax(-1)
         return torch.einsum("...e,eoi,...i->...o", weights, experts, x) + self.bias
+
+
+def packed_mixture(*, kind: str = "nf4", is_transposed: bool = False) -> nn.Module:
+    module = Mixture(is_transposed=is_transposed)
+    nn.init.normal_(module.experts)
+    return pack_parameters(module, ["experts"], kind)
 
 
 def floats(*shape: int) -> torch.Tensor:
@@ -109,6 +116,11 @@ SAMPLES: dict[str, Sample] = {
     "Gemma's RMSNorm": lambda: (gemma_norm(), floats(3, 4, 6)),
     "mixture": lambda: (Mixture(), floats(3, 4, 6)),
     "mixture the other way round": lambda: (Mixture(is_transposed=True), floats(3, 4, 6)),
+    "mixture in nf4": lambda: (packed_mixture(), floats(3, 4, 6)),
+    "mixture in int8 the other way round": lambda: (
+        packed_mixture(kind="int8", is_transposed=True),
+        floats(3, 4, 6),
+    ),
     "GroupNorm": lambda: (nn.GroupNorm(2, 6), floats(3, 6, 4, 5)),
     **{
         name: sample
