@@ -8,6 +8,7 @@ Sums and functions are computed in float32, and rounded once.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
 
@@ -30,14 +31,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -
     """
     if weight.requires_grad or not _compiled(x, weight):
         return _plain_norm(x, weight, eps, plus_one)
-    return _Norm.apply(x, weight, eps, plus_one)
+    out: Tensor = _Norm.apply(x, weight, eps, plus_one)
+    return _remembered(out, lambda: rms_norm(x.detach(), weight, eps, plus_one=plus_one))
 
 
 def gated(gate: Tensor, up: Tensor, function: Gate) -> Tensor:
     """Return f(gate) * up, of two tensors of one shape."""
     if not _compiled(gate, up):
         return _plain_gate(gate, up, function)
-    return _Gate.apply(gate, up, function)
+    out: Tensor = _Gate.apply(gate, up, function)
+    return _remembered(out, lambda: gated(gate.detach(), up.detach(), function))
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -54,6 +57,16 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def available() -> bool:
     """Return whether this machine can compile them."""
     return _functions() is not None
+
+
+def _remembered(out: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """Return `out`, which says how it is made again: who would keep it may keep that instead.
+
+    What it is made of is kept for its own gradient anyway.
+    """
+    if out.requires_grad:
+        out.made_from = make  # type: ignore[attr-defined]
+    return out
 
 
 def _plain_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:

@@ -4,13 +4,14 @@
 
 d_i is dropout. Plain torch keeps the input of each product; this keeps x once for all layers, their
 d_i(x) A_i^T [N, R] and, of a dropout, which inputs it left. Adding the update is part of the
-product with B_i, and the gradient of x is added up in one place.
+product with B_i, and the gradient of x is added up in one place. An x that says how it was made
+(`made_from`) is not kept at all: it is made again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -40,19 +41,28 @@ class Member:
 
 def adapted(x: Tensor, members: Sequence[Member], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Return what each member makes of x [..., I]: [..., O_i], computed in `dtype`."""
-    given = x.to(dtype).reshape(-1, x.shape[-1])
+    given = x.to(dtype)
+    source = getattr(given, "made_from", None)
     layers, rates = [m.layer for m in members], [m.dropout for m in members]
+    factors = [m.a for m in members] + [m.b for m in members]
     with torch.autocast(x.device.type, enabled=False):
-        outs = _Adapted.apply(
-            given, layers, rates, *[m.a for m in members], *[m.b for m in members]
-        )
+        outs = _Adapted.apply(given.reshape(-1, x.shape[-1]), source, layers, rates, *factors)
     return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
+
+
+FIRST = 4
+"""The place of the first factor among the node's inputs."""
 
 
 class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layers: list[Frozen], rates: list[float], *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        source: Callable[[], Tensor] | None,
+        layers: list[Frozen],
+        rates: list[float],
+        *factors: Tensor,
     ) -> tuple[Tensor, ...]:
         """Return y_i [N, O_i] of each layer; factors are the A_i, then the B_i."""
         narrow = [t.to(x.dtype) for t in factors]
@@ -69,7 +79,9 @@ class _Adapted(torch.autograd.Function):
         ]
         ctx.layers, ctx.rates, ctx.dtypes = layers, rates, [t.dtype for t in factors]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *thin, *a, *b, *(kept or ()))
+        ctx.source = source
+        wanted = source is None and any(ctx.needs_input_grad[FIRST : FIRST + len(layers)])
+        ctx.save_for_backward(x if wanted else None, *thin, *a, *b, *(kept or ()))
         return tuple(outs)
 
     @staticmethod
@@ -85,31 +97,39 @@ class _Adapted(torch.autograd.Function):
                 low.append(torch.zeros_like(thin[i]))
                 continue
             low.append(grad @ b[i])
-            if ctx.needs_input_grad[3 + n + i]:
+            if ctx.needs_input_grad[FIRST + n + i]:
                 up[i] = (grad.T @ thin[i]).to(ctx.dtypes[n + i])
-        total = _through(ctx.layers, grads, x) if ctx.needs_input_grad[0] else None
+        total = _through(ctx.layers, grads, low, a) if ctx.needs_input_grad[0] else None
+        down: list[Tensor | None] = [None] * n
+        trained = any(ctx.needs_input_grad[FIRST : FIRST + n])
+        if trained and x is None:
+            x = ctx.source().reshape(-1, a[0].shape[1])
         if kept:
-            down = []
             for i, left in enumerate(zip(kept, ctx.rates, strict=True)):
-                down.append(low[i].T @ _drop(x, *left))
+                if trained:
+                    down[i] = low[i].T @ _drop(x, *left)
                 if total is not None:
                     total.add_(_drop(low[i] @ a[i], *left))
         else:
             joined = _joined(low, 1)
-            down = list((joined.T @ x).split([len(m) for m in a]))
+            if trained:
+                down = list((joined.T @ x).split([len(m) for m in a]))
             if total is not None:
                 total.addmm_(joined, _joined(a))
-        return total, None, None, *[t.to(d) for t, d in zip(down, ctx.dtypes, strict=False)], *up
+        typed = (None if t is None else t.to(d) for t, d in zip(down, ctx.dtypes, strict=False))
+        return total, None, None, None, *typed, *up
 
 
-def _through(layers: list[Frozen], grads: Sequence[Tensor | None], x: Tensor) -> Tensor:
+def _through(
+    layers: list[Frozen], grads: Sequence[Tensor | None], low: Sequence[Tensor], a: Sequence[Tensor]
+) -> Tensor:
     """Return the gradient of x [N, I] through the frozen layers."""
     total: Tensor | None = None
     for layer, grad in zip(layers, grads, strict=True):
         if grad is not None:
             part = layer.backward_product(grad)
             total = part if total is None else total.add_(part)
-    return torch.zeros_like(x) if total is None else total
+    return low[0].new_zeros(len(low[0]), a[0].shape[1]) if total is None else total
 
 
 def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:

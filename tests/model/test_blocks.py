@@ -11,6 +11,7 @@ from torch import nn
 
 import inlay
 from inlay.kernels import elementwise
+from inlay.model.accelerate import accelerated
 from inlay.model.blocks import fast_blocks
 from tests.methods.bases import SMALL, bert, build, gpt2, llama, randomize, t5
 
@@ -156,3 +157,35 @@ def test_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = float((plain - exact).norm())
     assert float((fast - exact).norm()) < 1.3 * wrong
     assert float((eager - exact).norm()) < 1.3 * wrong
+
+
+def kept(model: Any) -> int:
+    """Return the numbers that a forward pass keeps for the backward pass, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes() // tensor.itemsize
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = run(model)
+    del out
+    return sum(found.values())
+
+
+def test_what_can_be_made_again_is_not_kept() -> None:
+    """Of a gated MLP: its two inner tensors, and not their product; of a norm, its input alone."""
+    config = inlay.LoraConfig(r=1, target_modules=["gate_proj", "up_proj", "down_proj"])
+    model = inlay.get_peft_model(build(llama), config)
+    plain = kept(model)
+    quiet = once(model)
+    with accelerated(model, quiet), fast_blocks(model, quiet):
+        fast = kept(model)
+    layers, tokens = 2, IDS.numel()
+    inner, width = SMALL["intermediate_size"], SMALL["hidden_size"]
+    # what silu and the product keep beside the two: silu's output, and the product for `down`;
+    # and of the norm what is divided, the quotient, and the product for `gate` and `up`
+    assert plain - fast >= layers * tokens * (2 * inner + 2 * width)
