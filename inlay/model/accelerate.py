@@ -8,7 +8,6 @@ factors. Law 1 holds for the fast paths too.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -16,11 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from inlay.bases.plain import Linear
-from inlay.core.adapter import Delta
 from inlay.core.inlaid import Inlaid
 from inlay.kernels import lora
-from inlay.methods.lora import Lora
+from inlay.model.thin import Site, site
 
 
 @contextmanager
@@ -32,36 +29,17 @@ def accelerated(model: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
     """
     hosts = [m for m in model.modules() if isinstance(m, Inlaid)]
     names = hosts[0].selection.active if hosts else ()
-    mine = [h for h in hosts if len(names) == 1 and can_share(h, names[0])]
-    for group in fed_alike(mine, run) if mine else []:
-        node = _Node([_Site(h, cast(Delta, h.adapters[names[0]])) for h in group])
+    found = {h: site(h, names[0]) for h in hosts} if len(names) == 1 else {}
+    sites = {host: one for host, one in found.items() if one is not None}
+    for group in fed_alike(list(sites), run) if sites else []:
+        node = _Node([sites[host] for host in group])
         for i, host in enumerate(group):
             host.fast[names] = node.of(i)
     try:
         yield
     finally:
-        for host in mine:
+        for host in sites:
             host.fast.pop(names, None)
-
-
-def can_share(host: Inlaid, name: str) -> bool:
-    """Return whether the named adapter computes base(x) + B A d(x) over a linear layer here."""
-    adapter = dict(host.adapters.items()).get(name)
-    if not isinstance(adapter, Delta) or not isinstance(host.base, Linear):
-        return False
-    own = type(adapter)
-    plain = own.forward is Delta.forward and own.change is Delta.change
-    thin = own.update in (Delta.update, Lora.update)
-    # of a start that is subtracted nothing is dropped out
-    started = getattr(adapter, "start_A", None) is not None and rate_of(adapter)
-    return (
-        plain
-        and thin
-        and adapter.bias is None
-        and not started
-        and adapter.factors(torch.float32) is not None
-        and not any(p.requires_grad for p in host.base_layer.parameters())
-    )
 
 
 def fed_alike(hosts: Sequence[Inlaid], run: Callable[[], Any]) -> list[list[Inlaid]]:
@@ -92,34 +70,22 @@ def fed_alike(hosts: Sequence[Inlaid], run: Callable[[], Any]) -> list[list[Inla
     return groups + [[host] for host in hosts if id(host) not in alone]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Site:
-    host: Inlaid
-    adapter: Delta
-
-    def member(self) -> lora.Member:
-        factors = self.adapter.factors(self.adapter.dtype)
-        assert factors is not None
-        dropout = rate_of(self.adapter) if self.adapter.training else 0.0
-        return lora.Member(cast(Linear, self.host.base), factors[1], factors[0], dropout)
-
-
 class _Node:
     """Hosts that are fed one tensor: the first one called computes for all, the others collect."""
 
-    def __init__(self, sites: Sequence[_Site]) -> None:
+    def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = sites
         self.waiting: tuple[Tensor, int, bool] | None = None
         self.made: dict[int, Tensor] = {}
 
     def of(self, index: int) -> Callable[..., Any]:
         """Return the fast path of the host of that number."""
-        site = self.sites[index]
+        one = self.sites[index]
 
         def call(x: Any, *args: Any, **kwargs: Any) -> Any:
-            dtype = _dtype(site, x)
+            dtype = _dtype(one, x)
             if args or kwargs or dtype is None:
-                return site.host.stack(site.host.selection.active)(x, *args, **kwargs)
+                return one.host.stack(one.host.selection.active)(x, *args, **kwargs)
             return self.collect(index, x, dtype)
 
         return call
@@ -127,30 +93,28 @@ class _Node:
     def collect(self, index: int, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the output of one host, computing those of all where they are not there yet."""
         if len(self.sites) == 1:
-            return lora.adapted(x, [self.sites[0].member()], dtype)[0]
+            return self.compute(x, dtype)[0]
         # the version tells of a tensor that was written to since
         given = (x, x._version, torch.is_grad_enabled())
         fresh = self.waiting is None or self.waiting[0] is not x or self.waiting[1:] != given[1:]
         if fresh or index not in self.made:
-            outs = lora.adapted(x, [site.member() for site in self.sites], dtype)
-            self.waiting, self.made = given, dict(enumerate(outs))
+            self.waiting, self.made = given, dict(enumerate(self.compute(x, dtype)))
         out = self.made.pop(index)
         if not self.made:
             self.waiting = None
         return out
 
+    def compute(self, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Return the outputs of all."""
+        outs = lora.adapted(x, [one.member(dtype) for one in self.sites], dtype)
+        return [one.finish(out) for one, out in zip(self.sites, outs, strict=True)]
 
-def rate_of(adapter: Delta) -> float:
-    """Return with what probability the adapter zeroes an input in training."""
-    field = adapter.drops or ("lora_dropout" if isinstance(adapter, Lora) else "")
-    return float(getattr(adapter.config, field)) if field else 0.0
 
-
-def _dtype(site: _Site, x: Any) -> torch.dtype | None:
+def _dtype(one: Site, x: Any) -> torch.dtype | None:
     """Return what the plain path would compute in; None where its parts differ in that."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return None
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
-    alike = site.host.base.dtype == x.dtype == site.adapter.dtype
+    alike = one.layer.dtype == x.dtype == one.dtype
     return x.dtype if alike else None

@@ -13,7 +13,8 @@ from inlay.core.adapter import Delta
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
 from inlay.methods import method, names
-from inlay.model.accelerate import accelerated, can_share
+from inlay.model.accelerate import accelerated
+from inlay.model.thin import site
 from tests.methods.bases import bert, build, gpt2, llama, randomize, settings_of_methods, t5
 
 IDS = torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -103,7 +104,7 @@ def test_every_additive_method(name: str, given: dict[str, Any]) -> None:
     plain = results(model)
     with accelerated(model, once(model)):
         for host in model.modules():
-            assert not isinstance(host, Inlaid) or can_share(host, "default") == bool(host.fast)
+            assert not isinstance(host, Inlaid) or bool(site(host, "default")) == bool(host.fast)
         assert_same(plain, results(model))
 
 
@@ -200,10 +201,27 @@ def test_frozen_factors_get_no_gradient() -> None:
         assert_same(plain, results(model))
 
 
+@pytest.mark.parametrize("make", [llama, gpt2, bert])
+def test_dora_by_the_node(make: Callable[[], Any]) -> None:
+    model = adapted(make, inlay.LoraConfig(r=3, use_dora=True, target_modules="all-linear"))
+    plain = results(model)
+    with accelerated(model, once(model)):
+        assert taken(model)
+        assert_same(plain, results(model))
+
+
+def test_dora_with_dropout_takes_the_plain_path() -> None:
+    model = adapted(llama, inlay.LoraConfig(r=3, use_dora=True, lora_dropout=0.1))
+    with accelerated(model, once(model)):
+        assert not taken(model)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_over_a_packed_base(kind: str) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_over_a_packed_base(kind: str, dora: bool) -> None:
     base, _ = inlay.load_base(quantize=kind, dtype=torch.float32)
-    model = inlay.get_peft_model(base, inlay.LoraConfig(r=2, target_modules="all-linear"))
+    config = inlay.LoraConfig(r=2, target_modules="all-linear", use_dora=dora)
+    model = inlay.get_peft_model(base, config)
     randomize(model, 0.1)
     plain = results(model)
     with accelerated(model, once(model)):

@@ -1,0 +1,107 @@
+"""The adapters that a node of `kernels.lora` computes: those whose update is two thin factors.
+
+A site is such an adapter over its linear layer: what it gives the node, and what it makes of the
+node's output.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from inlay.bases.plain import Linear
+from inlay.core.adapter import Delta
+from inlay.core.inlaid import Inlaid
+from inlay.kernels.lora import Member
+from inlay.methods._dora import Dora
+from inlay.methods.lora import Lora
+
+
+class Site:
+    """An additive adapter: base(x) + B A d(x)."""
+
+    def __init__(self, host: Inlaid, adapter: Delta) -> None:
+        """Take the adapter of a host for which `site` found that it can share."""
+        self.host, self.adapter = host, adapter
+        self.layer = cast(Linear, host.base)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the adapter's parameters."""
+        return self.adapter.dtype
+
+    def member(self, dtype: torch.dtype) -> Member:
+        """Return what the node needs, for a product in `dtype`."""
+        del dtype
+        factors = self.adapter.factors(self.adapter.dtype)
+        assert factors is not None
+        dropout = _rate(self.adapter) if self.adapter.training else 0.0
+        return Member(self.layer, factors[1], factors[0], dropout)
+
+    def finish(self, out: Tensor) -> Tensor:
+        """Return what the adapted layer computes, of what the node made."""
+        return out
+
+
+class DoraSite(Site):
+    """DoRA: c * (W x + B A x) + b with c = m / |W + B A|, a constant but for m."""
+
+    def __init__(self, host: Inlaid, adapter: Dora) -> None:
+        """Take the norms of the frozen weight once."""
+        super().__init__(host, adapter.lora)
+        self.magnitude = adapter.magnitude
+        with torch.no_grad():
+            wide = torch.promote_types(adapter.magnitude.dtype, torch.float32)
+            self.squares = torch.linalg.vector_norm(self.layer.weight(), dim=1, dtype=wide) ** 2
+
+    def member(self, dtype: torch.dtype) -> Member:
+        """Return what the node needs, having found c with the factors as they are."""
+        member = super().member(dtype)
+        with torch.no_grad():
+            a, b = member.a.detach(), member.b.detach()
+            crossed = self._without_bias(self.layer.forward_product(a.to(dtype))).T.to(b.dtype)
+            squares = self.squares + ((2 * crossed + b @ (a @ a.T)) * b).sum(1)
+            norms = squares.clamp_min(0).sqrt()
+        self.scale = self.magnitude / norms
+        return member
+
+    def finish(self, out: Tensor) -> Tensor:
+        """Return c * (out - b) + b."""
+        scaled = self._without_bias(out) * self.scale.to(out.dtype)
+        bias = self.layer.bias()
+        return scaled if bias is None else scaled + bias.to(out.dtype)
+
+    def _without_bias(self, out: Tensor) -> Tensor:
+        bias = self.layer.bias()
+        return out if bias is None else out - bias.to(out.dtype)
+
+
+def site(host: Inlaid, name: str) -> Site | None:
+    """Return the site of the named adapter here; None where a node does not compute it."""
+    adapter = dict(host.adapters.items()).get(name)
+    frozen = not any(p.requires_grad for p in host.base_layer.parameters())
+    if not isinstance(host.base, Linear) or not frozen:
+        return None
+    if type(adapter) is Dora:
+        # its dropout moves what the base computes too
+        able = _is_thin(adapter.lora) and not _rate(adapter.lora)
+        return DoraSite(host, adapter) if able else None
+    return Site(host, adapter) if isinstance(adapter, Delta) and _is_thin(adapter) else None
+
+
+def _is_thin(adapter: Delta) -> bool:
+    own = type(adapter)
+    plain = own.forward is Delta.forward and own.change is Delta.change
+    thin = own.update in (Delta.update, Lora.update)
+    # of a start that is subtracted nothing is dropped out
+    started = getattr(adapter, "start_A", None) is not None and _rate(adapter)
+    fits = plain and thin and adapter.bias is None and not started
+    return fits and adapter.factors(torch.float32) is not None
+
+
+def _rate(adapter: Delta) -> float:
+    """Return with what probability the adapter zeroes an input in training."""
+    field = adapter.drops or ("lora_dropout" if isinstance(adapter, Lora) else "")
+    return float(getattr(adapter.config, field)) if field else 0.0
