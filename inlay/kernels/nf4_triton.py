@@ -40,7 +40,7 @@ def dequantize(packed: Packed, out: Tensor) -> None:
     n, blocks = out.numel(), max(1, PIECE // packed.block)
     with torch.cuda.device_of(out):
         if packed.kind == INT8:
-            rows, width = packed.shape
+            rows, width = len(packed.absmax), packed.block
             codes = packed.codes.view(torch.int8)
             grid = (rows, triton.cdiv(width, PIECE))
             _numbers_of_rows[grid](codes, packed.absmax, out, width, PIECE=PIECE)

@@ -102,7 +102,7 @@ def test_what_cannot_be_quantized_is_refused_by_its_name():
     one = torch.ones(2, 64)
     for weight, given, text in (
         (one, {"kind": "nf5"}, r"'nf5' is not one of nf4, fp4, int8. Did you mean"),
-        (torch.ones(3), {"kind": "int8"}, r"takes a matrix, not a weight of \[3\]"),
+        (torch.ones(3), {"kind": "int8"}, r"takes matrices, not a weight of \[3\]"),
         (one / 0, {"kind": "int8"}, r"NaN or infinite"),
         (one, {"block": 48}, r"32, 64, .* values, not 48"),
         (one.double(), {}, r"a weight of torch.float64 is not quantized"),
