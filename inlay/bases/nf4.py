@@ -1,9 +1,9 @@
 """A linear layer with its frozen weight in 4 or 8 bits: y = x W^T + b, W dequantized as it runs.
 
 QLoRA (Dettmers et al., arXiv:2305.14314); the codes are those of `kernels.codec`.  O output
-features, I input features.  Neither pass keeps the dequantized weight: each makes it again, on the
-CPU in a buffer that all layers share.  The state dict has the keys of bitsandbytes' 4-bit layers,
-so a checkpoint of either is one of both.
+features, I input features.  Neither pass keeps the dequantized weight: each makes it again, a panel
+at a time or in a buffer that all layers share (`kernels.products`).  The state dict has the keys of
+bitsandbytes' 4-bit layers, so a checkpoint of either is one of both.
 """
 
 from __future__ import annotations
