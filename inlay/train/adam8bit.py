@@ -1,31 +1,37 @@
-"""AdamW with its moments in 8 bits: block-wise dynamic quantization (Dettmers, arXiv:2110.02861).
+"""AdamW with its moments in 8 bits (Dettmers, arXiv:2110.02861): `inlay.kernels.adam8bit`.
 
     m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
     w = (1 - lr decay) w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-Between steps a moment of n values is codes uint8 [n] and the largest magnitude of each 256 of them,
-absmax float32 [ceil(n / 256)]: value = map[code] * absmax. The map of m has signs; that of v has a
-bit more of fraction in their place. A step makes numbers of a piece, moves it and packs it again,
-so that no moment is ever whole in float32. Parameters of under 4096 values keep float32 moments.
+Between steps a moment is codes and a magnitude for each 256 of them, and no moment is ever whole in
+float32. Parameters of under 4096 values keep float32 moments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from inlay.kernels.codec import dynamic_map
+from inlay.kernels.adam8bit import BLOCK, Piece, Rule, move, step
 
-BLOCK = 256
-"""Values that share an absmax."""
 LEAST = 4096
 """Values of the smallest parameter whose moments are in 8 bits, as in bitsandbytes."""
-PIECE = 1 << 18
-"""Values worked on at a time, a megabyte of float32 a tensor; whole blocks."""
+SETTINGS = ("lr", "betas", "eps", "weight_decay")
+"""What a group of parameters has of its own."""
+
+
+class Part(NamedTuple):
+    """Values of a parameter, their gradient and moments, and the number of the step, from 1."""
+
+    weights: Tensor
+    grads: Tensor
+    state: dict[str, Tensor]
+    group: dict[str, Any]
+    step: int
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -45,8 +51,7 @@ class AdamW8bit(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         """Take parameters, or groups of them that may say otherwise for theirs."""
-        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, settings)
+        super().__init__(params, dict(zip(SETTINGS, (lr, betas, eps, weight_decay), strict=True)))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -55,10 +60,17 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        parts = []
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, group)
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state.update(step=torch.zeros(()), **empty(parameter))
+                state["step"] += 1
+                parts.append(Part(parameter, parameter.grad, state, group, int(state["step"])))
+        advance(parts)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -69,117 +81,48 @@ class AdamW8bit(torch.optim.Optimizer):
             moved = {k: v if k == "step" else v.to(order[i].device) for k, v in state.items()}
             self.state[order[i]] = moved
 
-    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state.update(_empty(parameter))
-        state["step"] += 1
-        step = int(state["step"])
-        if "exp_avg_max" not in state:
-            moments = (state["exp_avg"], state["exp_avg_sq"])
-            _adamw(parameter, parameter.grad, *moments, group=group, step=step)
-            return
-        weights, grads = parameter.view(-1), parameter.grad.reshape(-1)  # type: ignore[union-attr]
-        signed, unsigned = dynamic_map(weights.device), unsigned_map(weights.device)
-        for start in range(0, len(weights), PIECE):
-            part = slice(start, start + PIECE)
-            blocks = slice(start // BLOCK, (start + PIECE) // BLOCK)
-            first, first_max = state["exp_avg"][part], state["exp_avg_max"][blocks]
-            second, second_max = state["exp_avg_sq"][part], state["exp_avg_sq_max"][blocks]
-            mean = unpack(first, first_max, signed)
-            square = unpack(second, second_max, unsigned)
-            _adamw(weights[part], grads[part], mean, square, group=group, step=step)
-            pack(mean, first, first_max, signed)
-            pack(square, second, second_max, unsigned)
 
+def layout(parameter: Tensor) -> dict[str, tuple[torch.dtype, int]] | None:
+    """Return the dtype of each tensor of the moments, and the values that share one of its numbers.
 
-@cache
-def unsigned_map(device: torch.device) -> Tensor:
-    """Return the 256 values [256] from 0 to 1 of the second moment's codes, in rising order.
-
-    As `dynamic_map`, with the bit of the sign given to the fraction (the paper's section 2.2).
+    None where the moments are two of the parameter's shape, in float32: the parameter is small.
     """
-    values = [0.0, 1.0]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (i + 1) + 1)
-        values += (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-    return torch.tensor(sorted(values), device=device)
+    if parameter.numel() < LEAST or not parameter.is_contiguous():
+        return None
+    codes, most = (torch.uint8, 1), (torch.float32, BLOCK)
+    names = ("exp_avg", "exp_avg_sq", "exp_avg_max", "exp_avg_sq_max")
+    return dict(zip(names, (codes, codes, most, most), strict=True))
 
 
-def pack(values: Tensor, codes: Tensor, absmax: Tensor, levels: Tensor) -> None:
-    """Write float32 values [n] as codes uint8 [n] and absmax [ceil(n / 256)], the nearest level.
-
-    Without signs what is above 0 never becomes 0: as a second moment it would make a step of
-    m / eps.
-    """
-    padded = torch.nn.functional.pad(values, (0, len(absmax) * BLOCK - len(values)))
-    blocks = padded.view(-1, BLOCK)
-    torch.amax(blocks.abs(), 1, out=absmax)
-    # a block of zeros stays one, whatever it is divided by
-    scaled = (blocks / absmax.clamp(min=1e-38)[:, None]).view(-1)[: len(values)]
-    below, middle = _cells(float(levels[0]) < 0, values.device)
-    cell = (scaled.view(torch.int32) >> 16).add_(1 << 15)
-    torch.index_select(below, 0, cell, out=codes)
-    codes.add_(scaled > middle.index_select(0, cell))
-    if levels[0] == 0:
-        codes.clamp_(min=1).mul_(values > 0)
-
-
-def unpack(codes: Tensor, absmax: Tensor, levels: Tensor) -> Tensor:
-    """Return the float32 values [n] of codes uint8 [n] and absmax [ceil(n / 256)]."""
-    values = levels.index_select(0, codes.int())
-    whole = len(values) // BLOCK * BLOCK
-    values[:whole].view(-1, BLOCK).mul_(absmax[: whole // BLOCK, None])
-    values[whole:].mul_(absmax[-1])
-    return values
-
-
-@cache
-def _cells(signs: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return how many middles between levels lie before each cell [65536], and the next [65536].
-
-    A cell is the numbers whose float32 begins with the same 16 bits: too few for two middles, so
-    that the place in it decides. As `torch.bucketize`, without its search.
-    """
-    levels = dynamic_map(device) if signs else unsigned_map(device)
-    middles = (levels[:-1] + levels[1:]) / 2
-    start = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32, device=device) << 16
-    # of negative numbers the least has the largest bits
-    least = torch.where(start < 0, start | 0xFFFF, start).view(torch.float32)
-    below = torch.bucketize(least, middles)
-    ends = torch.cat([middles, middles.new_full((1,), torch.inf)])
-    return below.to(torch.uint8), ends[below]
-
-
-def _empty(parameter: Tensor) -> dict[str, Tensor]:
-    """Return the state of moments that are 0."""
-    step = torch.zeros(())
-    device, count = parameter.device, parameter.numel()
-    if count < LEAST or not parameter.is_contiguous():
+def empty(parameter: Tensor) -> dict[str, Tensor]:
+    """Return moments that are 0."""
+    told = layout(parameter)
+    if told is None:
         like = torch.zeros_like(parameter, dtype=torch.float32)
-        return {"step": step, "exp_avg": like, "exp_avg_sq": like.clone()}
-    state = {"step": step}
-    for name in ("exp_avg", "exp_avg_sq"):
-        # with an absmax of 0 any code is 0
-        state[name] = torch.zeros(count, dtype=torch.uint8, device=device)
-        state[f"{name}_max"] = torch.zeros(-(-count // BLOCK), device=device)
-    return state
+        return {"exp_avg": like, "exp_avg_sq": like.clone()}
+    count, device = parameter.numel(), parameter.device
+    # with an absmax of 0 any code is 0
+    return {
+        name: torch.zeros(-(-count // share), dtype=dtype, device=device)
+        for name, (dtype, share) in told.items()
+    }
 
 
-def _adamw(
-    weights: Tensor,
-    grads: Tensor | None,
-    mean: Tensor,
-    square: Tensor,
-    *,
-    group: dict[str, Any],
-    step: int,
-) -> None:
-    """Move weights, mean and square in place, all of one shape, the last two in float32."""
-    assert grads is not None
-    (b1, b2), lr, exact = group["betas"], group["lr"], grads.float()
-    mean.lerp_(exact, 1 - b1)
-    square.mul_(b2).addcmul_(exact, exact, value=1 - b2)
-    below = square.sqrt().div_((1 - b2**step) ** 0.5).add_(group["eps"])
-    moved = weights.float().mul(1 - lr * group["weight_decay"])
-    weights.copy_(moved.addcdiv_(mean, below, value=-lr / (1 - b1**step)))
+def advance(parts: Sequence[Part]) -> None:
+    """Make a step of every part."""
+    pieces = []
+    for weights, grads, state, group, number in parts:
+        rule = _rule(number, *(group[name] for name in SETTINGS))
+        first, second = state["exp_avg"], state["exp_avg_sq"]
+        if "exp_avg_max" not in state:
+            move(weights, grads, first, second, rule)
+            continue
+        most = (state["exp_avg_max"], state["exp_avg_sq_max"])
+        pieces.append(Piece(weights.view(-1), grads.reshape(-1), first, second, *most, rule))
+    step(pieces)
+
+
+@lru_cache(maxsize=64)
+def _rule(step: int, lr: float, betas: tuple[float, float], eps: float, decay: float) -> Rule:
+    # the same for all parameters of a group that are as old
+    return Rule.of(lr, betas, eps, decay, step)
