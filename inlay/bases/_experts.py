@@ -76,13 +76,17 @@ class PackedExperts(PackedModule):
             return dense
         assert stack is not None
         if stack.weight.is_meta:
-            return torch.empty(stack.shape, dtype=stack.compute_dtype, device="meta")
+            # a parameter, for transformers looks for one where a checkpoint has nothing
+            room = torch.empty(stack.shape, dtype=stack.compute_dtype, device="meta")
+            return nn.Parameter(room, requires_grad=False)
         return stack.numbers()
 
     def settle(self) -> None:
-        """Let go of the codes of those that merged or plain ones stand in for."""
+        """Be plain again where plain parameters were read, and codes for none of them."""
         for name in set(self.stacks).difference(self.in_codes):
             del self._modules[f"{HOLDER}{name}"]
+        if not self.stacks:
+            self.__class__ = type(self)._plain  # type: ignore[attr-defined]
 
     def unpacked(self) -> nn.Module:
         """Return the plain module of the same numbers, with new parameters that do not train."""

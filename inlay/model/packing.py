@@ -1,10 +1,11 @@
-"""Load a base with its linear layers in 4-bit codes, packed one by one as they are read.
+"""Load a base with its linear layers and experts in codes, packed one by one as they are read.
 
 transformers reads the shards: it knows how a checkpoint's names become a model's. What it is given
 here is a quantizer of our own, as its registry takes them, that puts `PackedLinear`s into the model
-while that has no memory yet, and packs each weight when it comes. A checkpoint that bitsandbytes
-packed is read by the same way, without bitsandbytes; what is loaded says in its configuration what
-bitsandbytes would, so that a folder written from it loads there too.
+while that has no memory yet, makes room for codes in its experts, and packs each weight when it
+comes. A checkpoint that bitsandbytes packed is read by the same way, without bitsandbytes; what is
+loaded says in its configuration what bitsandbytes would, so that a folder written from it loads
+there too, but for a mixture's experts, which transformers leaves in 16 bits there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from inlay.bases._experts import PackedExperts
+from inlay.bases._packed import PackedTensor
 from inlay.bases.nf4 import PackedLinear
 from inlay.core.base import PackedModule
 from inlay.core.errors import UserError, nearest
@@ -78,8 +81,12 @@ def finish(model: nn.Module) -> None:
     """Leave of transformers' quantizer nothing in the model but what its configuration says."""
     owner: Any = model
     owner.hf_quantizer.remove_quantization_config(model)
-    ours = [c for c in getattr(model, "_weight_conversions", None) or [] if not _is_ours(c)]
-    owner._weight_conversions = ours
+    # how stacks are put together goes as well: a file of ours has their codes whole
+    others = [c for c in getattr(model, "_weight_conversions", None) or [] if not _is_ours(c)]
+    owner._weight_conversions = others
+    for module in list(model.modules()):
+        if isinstance(module, PackedExperts):
+            module.settle()
     describe(model)
 
 
@@ -90,8 +97,8 @@ def new_ones_plain(model: Any, missing: Collection[str]) -> None:
     """
     for key in missing:
         packed = packed_at(model, key)
-        path, _, last = key.rpartition(".")
-        if packed is None or last != "weight":
+        path = key.rpartition(".")[0]
+        if not isinstance(packed, PackedLinear):
             continue
         drawn = nn.Linear(
             packed.in_features,
@@ -112,11 +119,13 @@ def describe(model: nn.Module) -> None:
     if not hasattr(config, "to_dict"):
         return
     linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    packed = [m for m in linears.values() if isinstance(m, PackedLinear)]
+    packed = [m for m in model.modules() if isinstance(m, PackedTensor)]
     if not packed:
         # a dictionary is what `describe` wrote; a model that transformers packed has an object
         if isinstance(getattr(config, "quantization_config", None), dict):
             del config.quantization_config
+            owner: Any = model
+            owner._weight_conversions = None  # the model's own, which take stacks apart again
         return
     first = packed[0]
     skipped = [path for path, m in linears.items() if not isinstance(m, PackedLinear)]

@@ -9,35 +9,32 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import mmap
+import re
 import sys
+from collections.abc import Collection
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inlay.bases._packed import STATE, read
+from inlay.bases._experts import PARTS, PackedExperts, pack_parameters, under
+from inlay.bases._packed import PackedTensor, read
 from inlay.bases.nf4 import PackedLinear
 from inlay.core.errors import UserError
-from inlay.kernels import codec
 from inlay.model.defaults import HEADS
 
 NAME = "inlay"
 """What our quantizer is called in transformers' registry."""
-PARTS = (
-    *("weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax"),
-    *(f"{STATE}{kind}" for kind in codec.TABLES),
-    *("SCB", "weight_format", "weight"),
-)
-"""The keys of one packed weight in a checkpoint; the one that all end in comes last."""
 
 
 @dataclasses.dataclass
 class Packing:
-    """How the linear layers of a base are packed.
+    """How the linear layers of a base are packed, and its experts.
 
     given: whether the checkpoint holds codes already. failed: the first error met in a weight,
-    which transformers only reports as text.
+    which transformers only reports as text. read: weights that were read to be put together, whose
+    pages are let go of when that is packed.
     """
 
     kind: str = "nf4"
@@ -46,6 +43,7 @@ class Packing:
     skip: list[str] | None = None
     device: torch.device | None = None
     failed: Exception | None = None
+    read: list[Tensor] = dataclasses.field(default_factory=list)
 
     def __deepcopy__(self, memo: Any) -> Packing:
         """Return this one: transformers copies what it is given, and tells the copy what failed."""
@@ -60,10 +58,13 @@ class Packing:
         return {"quantization_config": settings}
 
 
-def packed_at(model: Any, name: str) -> PackedLinear | None:
-    """Return the packed layer that the parameter of this name is of, if it is one."""
-    module = model.get_submodule(name.rpartition(".")[0])
-    return module if isinstance(module, PackedLinear) else None
+def packed_at(model: Any, name: str) -> PackedTensor | None:
+    """Return what has the codes of the parameter of this name, if it is a packed one."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, PackedExperts):
+        return module.stack(last)
+    return module if isinstance(module, PackedLinear) and last == "weight" else None
 
 
 @cache
@@ -77,7 +78,7 @@ def registered() -> Any:
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    pack, take = _operations()
+    pack, take, note = _operations()
 
     @register_quantization_config(NAME)
     class Settings(QuantizationConfigMixin):
@@ -89,20 +90,40 @@ def registered() -> Any:
 
     @register_quantizer(NAME)
     class Quantizer(HfQuantizer):
-        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        def _process_model_before_weight_loading(
+            self, model: Any, checkpoint_files: Any = None, **_: Any
+        ) -> None:
             packing = self.quantization_config.packing
             heads = sorted({name for names in HEADS.values() for name in names})
             skip = self.get_modules_to_not_convert(model, packing.skip, model._keep_in_fp32_modules)
-            _replace(model, skip if packing.given else [*skip, *heads], packing)
+            skip = skip if packing.given else [*skip, *heads]
+            _replace(model, skip, packing)
+            self.stacks = _pack_experts(model, skip, packing, checkpoint_files)
+            if not any(isinstance(module, PackedTensor) for module in model.modules()):
+                raise UserError(
+                    f"{type(model).__name__} has no linear layers that can be packed "
+                    "(its weights are of other kinds of layer): leave quantize out"
+                )
 
         def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-            return param_name.endswith(".weight") and packed_at(model, param_name) is not None
+            return packed_at(model, param_name) is not None
 
         def get_quantize_ops(self) -> Any:
             return pack(self)
 
+        def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+            found = [
+                _noting(each, note(self)) if _makes(each, self.stacks) else each
+                for each in weight_conversions
+            ]
+            return found + self.get_weight_conversions()
+
         def get_weight_conversions(self) -> Any:
-            return [WeightConverter([*PARTS], "weight", [take(self)])] if self.pre_quantized else []
+            if not self.pre_quantized:
+                return []
+            # a layer's last: its keys may stand in those of a stack
+            names = [*sorted(self.stacks), "weight"]
+            return [WeightConverter(_keys(name), name, [take(self, name)]) for name in names]
 
         def is_serializable(self, *_: Any, **__: Any) -> bool:
             return True
@@ -115,41 +136,59 @@ def registered() -> Any:
 
 
 @cache
-def _operations() -> tuple[Any, Any]:
-    """Return the classes that transformers calls with a weight to pack, and with one in codes."""
+def _operations() -> tuple[Any, Any, Any]:
+    """Return the classes that transformers calls with a weight to pack, one in codes, and parts."""
     from transformers.core_model_loading import ConversionOps
 
     class Operation(ConversionOps):
         inlay = True
 
-        def __init__(self, hf_quantizer: Any) -> None:
+        def __init__(self, hf_quantizer: Any, name: str = "weight") -> None:
             # under this name transformers looks, to leave the dtype of what it reads to us
             self.hf_quantizer = hf_quantizer
             self.packing: Packing = hf_quantizer.quantization_config.packing
+            self.name = name
 
     class Pack(Operation):
-        def convert(self, input_dict: Any, *_: Any, model: Any = None, **__: Any) -> Any:
-            done = {}
+        def convert(self, input_dict: Any, *_: Any, model: Any = None, **given: Any) -> Any:
+            done: dict[str, Tensor] = {}
             for name, value in input_dict.items():
-                layer = packed_at(model, name)
-                assert layer is not None
-                done[name] = _kept(self.packing, name, layer, _first(value), {})
+                done |= _kept(self.packing, model, name, name, _first(value), {}, **given)
             return done
 
     class Take(Operation):
         def convert(
-            self, input_dict: Any, *_: Any, model: Any = None, full_layer_name: str = "", **__: Any
+            self, input_dict: Any, *_: Any, model: Any, full_layer_name: str, **given: Any
         ) -> Any:
-            values = {key: _first(value) for key, value in input_dict.items()}
+            parts = dict(zip(_keys(self.name), PARTS, strict=True))
+            values = {parts[key]: _first(value) for key, value in input_dict.items()}
             if "weight" not in values:
                 return {}  # it is then told as missing
             layer, weight = packed_at(model, full_layer_name), values.pop("weight")
-            if layer is None and not values:
-                like = model.get_parameter_or_buffer(full_layer_name)
-                return {"weight": weight.to(like.dtype) if weight.is_floating_point() else weight}
-            return {"weight": _kept(self.packing, full_layer_name, layer, weight, values)}
+            alone = not values and weight.is_floating_point()
+            if not values and (layer is None or (alone and not isinstance(layer, PackedLinear))):
+                like = model.get_submodule(full_layer_name.rpartition(".")[0])
+                like = getattr(like, full_layer_name.rpartition(".")[2])
+                return {self.name: weight.to(like.dtype) if alone else weight}
+            return _kept(self.packing, model, full_layer_name, self.name, weight, values, **given)
 
-    return Pack, Take
+    class Note(Operation):
+        def convert(self, input_dict: Any, *_: Any, **__: Any) -> Any:
+            self.packing.read += [t for value in input_dict.values() for t in _tensors(value)]
+            return input_dict
+
+    return Pack, Take, Note
+
+
+def _keys(name: str) -> list[str]:
+    """Return the patterns, one for each of `PARTS`, that keys of a weight match: `.a.b`, a stack's.
+
+    A name without a dot is that of the weight of any layer.
+    """
+    if "." not in name:
+        return [*PARTS]
+    path, _, last = name.rpartition(".")
+    return [f"{path}.{under(last, part)}$".replace(".", r"\.") for part in PARTS]
 
 
 def _replace(model: Any, skip: list[str], packing: Packing) -> None:
@@ -173,31 +212,110 @@ def _replace(model: Any, skip: list[str], packing: Packing) -> None:
         # or transformers would draw at random what a checkpoint lacks, of which codes are no case
         made._is_hf_initialized = True  # type: ignore[assignment]
         model.get_submodule(above)._modules[name] = made
-    if not any(isinstance(module, PackedLinear) for module in model.modules()):
+
+
+def _pack_experts(model: Any, skip: list[str], packing: Packing, files: Any) -> set[str]:
+    """Give the model's experts room for codes in place of stacks of matrices.
+
+    files: of the checkpoint; where it is packed, those are that it has in codes. Returns the ends
+    of their names, `.experts.down_proj`.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    inside = _packed_in(files) if packing.given else None
+    if any(re.search(r"\.experts\.\d+\.", name) for name in inside or ()):
         raise UserError(
-            f"{type(model).__name__} has no linear layers that can be packed "
-            "(its weights are of other kinds of layer): leave quantize out"
+            "the checkpoint holds a mixture's experts one by one in codes, as transformers before "
+            "5 wrote them, and they are stacks now: take the 16-bit model that it was made from, "
+            "with quantize: nf4 to pack it"
         )
+    ends = {".".join(["", *name.split(".")[-2:]]) for name in inside or ()}
+    found: set[str] = set()
+    for path, module in list(model.named_modules()):
+        if "experts" not in type(module).__name__.lower() or isinstance(module, PackedTensor):
+            continue
+        end = f".{path.rpartition('.')[2]}"
+        names = [
+            name
+            for name, p in module._parameters.items()
+            if p is not None
+            and p.ndim == 3
+            and should_convert_module(f"{path}.{name}", skip)
+            and (inside is None or f"{end}.{name}" in ends)
+        ]
+        if not names:
+            continue
+        pack_parameters(module, names, packing.kind, double=packing.double)
+        module._is_hf_initialized = True  # as for layers
+        found.update(f"{end}.{name}" for name in names)
+    return found
+
+
+def _packed_in(files: Any) -> set[str]:
+    """Return the names of the weights that checkpoint files hold in codes."""
+    from safetensors import safe_open
+
+    found: set[str] = set()
+    for file in files or ():
+        with safe_open(file, framework="pt") as held:
+            keys = list(held.keys())
+        found.update(k.rpartition(".")[0] for k in keys if k.endswith((".absmax", ".SCB")))
+    return found
+
+
+def _makes(conversion: Any, stacks: Collection[str]) -> bool:
+    """Return whether a conversion puts one of the stacks together."""
+    return hasattr(conversion, "operations") and any(
+        f".{target}".endswith(tuple(stacks)) for target in conversion.target_patterns
+    )
+
+
+def _noting(conversion: Any, note: Any) -> Any:
+    """Return the conversion with an operation of ours before its own."""
+    return conversion.copy(
+        conversion._original_source_patterns,
+        conversion._original_target_patterns,
+        operations=[note, *conversion.operations],
+    )
 
 
 def _kept(
-    packing: Packing, name: str, layer: PackedLinear | None, weight: Tensor, parts: dict[str, Any]
-) -> Tensor:
-    """Give `layer` its weight, plain or in codes, and return the codes."""
+    packing: Packing,
+    model: Any,
+    name: str,
+    key: str,
+    weight: Tensor,
+    parts: dict[str, Any],
+    *,
+    missing_keys: set[str] | None = None,
+    **_: Any,
+) -> dict[str, Tensor]:
+    """Give what is at `name` its weight, plain or in codes; return the codes of a layer by `key`.
+
+    Those of a stack are no parameter and no buffer of the module that transformers finds there.
+    """
+    layer = packed_at(model, name)
     try:
         if layer is None:
             raise UserError("packed in the checkpoint, though its configuration does not say so")
         if packing.given:
             layer.take(read(weight.to(packing.device), parts))
-        elif weight.shape != (layer.out_features, layer.in_features):
+        elif weight.shape != layer.shape:
             raise UserError(f"{list(weight.shape)} in the checkpoint, which is not the model's")
         else:
             layer.pack(weight.to(packing.device))
-            _let_go(weight)
+            for each in (weight, *packing.read):
+                _let_go(each)
     except (ValueError, AssertionError) as error:
         packing.failed = packing.failed or UserError(f"{name}: {error}")
         raise
-    return layer.weight
+    finally:
+        packing.read.clear()
+    if isinstance(layer, PackedLinear):
+        return {key: layer.weight}
+    if missing_keys is not None:
+        missing_keys.discard(name)
+    return {}
 
 
 def _let_go(weight: Tensor) -> None:
@@ -234,3 +352,7 @@ def _is_of_a_file(address: int) -> bool:
 
 def _first(value: Any) -> Tensor:
     return value[0] if isinstance(value, list) else value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return list(value) if isinstance(value, list) else [value]
