@@ -63,6 +63,7 @@ def compiled(name: str, dtype: torch.dtype, capability: tuple[int, int], fused: 
     ).asm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(gpu.LEAST))
 @pytest.mark.parametrize("name", KERNELS)
 def test_they_compile_for_the_oldest_and_a_newer_card(name, dtype, tmp_path, monkeypatch):
