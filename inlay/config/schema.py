@@ -135,7 +135,7 @@ class Key:
     @property
     def is_flag(self) -> bool:
         """Whether its name alone, as a command line word, sets it."""
-        return self.type is bool
+        return self.type in (bool, bool | None)
 
 
 BLOCKS = ("adapter", "data", "objective", "train", "evaluate")

@@ -65,6 +65,8 @@ class Adapter(nn.Module, ABC):
     """Whether a file of this method holds the whole embedding below it too, as PEFT's mostly do."""
     starts_neutral: ClassVar[bool] = True
     """Whether an adapter of default settings changes nothing until it is trained."""
+    sees_rows: ClassVar[bool] = False
+    """Whether it computes something of each row as a whole, so that packed rows would share it."""
     frozen: tuple[str, ...] = ()
     """Names of parameters that never train."""
     computed: ClassVar[tuple[str, ...]] = ()

@@ -84,6 +84,7 @@ class Lily(Wrap):
     """The router of one layer."""
 
     on: ClassVar[frozenset[Kind]] = frozenset({"linear"})
+    sees_rows = True  # a router's mean over the row's tokens
     config: LilyConfig
 
     @classmethod

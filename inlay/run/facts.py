@@ -19,14 +19,19 @@ ASKED = ("r", "alpha", "dropout", "rank", "tokens", "block_size")
 """What the names of settings end in that are told also where nobody set them."""
 
 
-def facts(resolved: Resolved, model: Any, data: Prepared, precision: Any) -> dict[str, list[str]]:
-    """Return heading -> lines: settings and their origins, base, data, adapter, training."""
+def facts(
+    resolved: Resolved, model: Any, data: Prepared, precision: Any, objective: Any
+) -> dict[str, list[str]]:
+    """Return heading -> lines: settings and their origins, base, data, adapter, training.
+
+    objective: as it came to be, packing or not.
+    """
     return {
         "settings": settings(resolved),
         "base": [base(model)],
         "data": [*data.describe(), *cut(resolved, data)],
         "adapter": adapter(resolved, model),
-        "training": training(resolved, data, precision),
+        "training": [*training(resolved, data, precision), batches(objective)],
     }
 
 
@@ -97,6 +102,13 @@ def training(resolved: Resolved, data: Prepared, precision: Any) -> list[str]:
         f"{str(precision).removeprefix('torch.')}; learning rate {config.learning_rate:g}, "
         f"{config.lr_scheduler} after a warmup of {rise}; seed {config.seed}{apart(config)}",
     ]
+
+
+def batches(objective: Any) -> str:
+    """Return how the rows of a micro-batch stand beside one another."""
+    if getattr(objective, "packing", False):
+        return "rows packed into one, without padding between them"
+    return "rows padded to the longest of a micro-batch, those of like length together"
 
 
 def apart(config: TrainConfig) -> str:

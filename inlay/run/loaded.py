@@ -39,9 +39,9 @@ class Loaded:
             self.drawn_from = seed
 
     def objective(self, config: RunConfig) -> Any:
-        """Return the objective of a run over this base."""
+        """Return the objective of a run over this base, which packs where that was asked for."""
         labels = {} if self.labels is None else {"labels": list(self.labels)}
-        given = {"packing": config.train.packing, "fast": config.train.fast, **labels}
+        given = {"packing": bool(config.train.packing), "fast": config.train.fast, **labels}
         known = {field.name for field in fields(config.objective)}
         return replace(config.objective, **{k: v for k, v in given.items() if k in known})
 

@@ -39,6 +39,7 @@ from inlay.train.loop import fit
 from inlay.train.order import seed_of
 from inlay.train.precision import choose
 from inlay.train.progress import Outcome
+from inlay.train.setup import choose_packing
 
 
 def train(
@@ -125,17 +126,20 @@ class _Job:
         self.loaded = loaded or load(config)
         base, self.tokenizer = self.loaded.base, self.loaded.tokenizer
         if config.train.packing:
-            check_packable(base.config)
+            check_packable(base.config)  # before the rows are read
         self.loaded.redraw(config.train.seed)
         self.model = adapted(base, without_start(config))
-        self.objective = self.loaded.objective(config)
+        asked = self.loaded.objective(config)
+        self.objective, padded = choose_packing(self.model, asked, config.train)
+        if padded is not None:
+            report.notice(f"rows are padded, not packed: {padded}")
         vocabulary = base.get_input_embeddings().weight.shape[0]
         data = fitting(config.data, base, config.objective)
         with disk_errors(run.folder):
             self.data: Prepared = prepare(data, self.tokenizer, ledger)
         check_tokens(self.data, self.tokenizer, vocabulary)
         self.precision = choose(config.train.precision, self.model)
-        report.facts(facts(resolved, self.model, self.data, self.precision))
+        report.facts(facts(resolved, self.model, self.data, self.precision, self.objective))
 
     def begin(self, *, resume: bool) -> None:
         """Find the adapter's start in the rows, where it is one of these."""

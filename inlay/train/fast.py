@@ -34,6 +34,7 @@ def fast_paths(
         with inference(model), autocast(precision, device_of(model)):
             objective.loss(model, objective.prepare(model, batch), objective.counts(batch))
 
+    run()  # what an objective tries of a model the first time is not to be seen below
     with ExitStack() as stack:
         stack.enter_context(accelerated(model, run))
         stack.enter_context(fast_blocks(model, run))

@@ -118,6 +118,7 @@ class _Run:
         self.eval_every = config.eval_steps or self.order.steps_per_epoch
         self.progress = Progress()
         identity = {**config.identity(), "devices": world()}
+        identity["packing"] = bool(getattr(objective, "packing", False))
         identity["rows"] = digest_rows(train, objective.size)
         self.keeper = Keeper(folder, self.parameters, self.optimizer, identity, config, self.ranks)
 

@@ -11,9 +11,13 @@ from inlay.core.errors import UserError
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
-Optimizer = Literal["adamw", "adamw_8bit", "lorafa", "riemannian"]
+Optimizer = Literal[
+    "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lorafa", "riemannian"
+]
 SCHEDULES, PRECISIONS = get_args(Schedule), get_args(Precision)
 OPTIMIZERS = get_args(Optimizer)
+PAGED = "paged_"
+"""Begins the name of an optimizer whose moments lie elsewhere than those of the one without it."""
 POSITIVE = (
     *("num_epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps"),
     *("eval_batch_size", "eval_steps", "save_steps", "save_total_limit", "logging_steps"),
@@ -25,6 +29,7 @@ MAY_CHANGE = (
     *("num_epochs", "max_steps", "eval_batch_size", "eval_steps", "save_steps"),
     *("save_total_limit", "logging_steps", "restore_best"),
     *("early_stopping_patience", "early_stopping_threshold"),
+    "packing",  # what came of it must be the same, and stands beside these
 )
 
 
@@ -47,8 +52,9 @@ class TrainConfig:
     eval_batch_size: int | None = None
     """Rows to a forward pass of an evaluation; left out = micro_batch_size."""
 
-    packing: bool = False
-    """Join each micro-batch into one row without padding; changes the speed, not the result."""
+    packing: bool | None = None
+    """Join each micro-batch into one row without padding; changes the speed, not the result. Left
+    out = where `fast` and the model keeps the rows apart, which is tried; else rows are padded."""
 
     fast: bool = True
     """Compute by fused paths, the same up to rounding; false = by the plain ones alone."""
@@ -67,9 +73,10 @@ class TrainConfig:
 
     optimizer: Optimizer = "adamw"
     """adamw, or adamw_8bit: its two moments in 8 bits, a quarter of their memory, for slower steps;
-    or lorafa: of each LoRA only B trains, along AdamW's step that comes nearest to full
-    fine-tuning's, and A stays as it began, which takes less memory; or riemannian: AdamW along the
-    gradients of the product B A, however its length is shared out."""
+    or, before either name, paged_: the moments lie in the host's memory, and two pages of them at a
+    time on the GPU, with the same result; or lorafa: of each LoRA only B trains, along AdamW's step
+    that comes nearest to full fine-tuning's, and A stays as it began, which takes less memory; or
+    riemannian: AdamW along the gradients of the product B A, however its length is shared out."""
 
     loraplus_lr_ratio: float | None = None
     """LoRA+: the learning rate of a LoRA's B is this many times that of its A; left out = 1."""
@@ -149,12 +156,16 @@ class TrainConfig:
         self._require("precision", PRECISIONS.__contains__, "one of " + ", ".join(PRECISIONS))
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that a resumed run must share with the run it goes on with."""
-        return {
+        """Return the settings that a resumed run must share with the run it goes on with.
+
+        Where the optimizer's moments lie is none of them.
+        """
+        found = {
             field.name: getattr(self, field.name)
             for field in fields(self)
             if field.name not in MAY_CHANGE
         }
+        return found | {"optimizer": self.optimizer.removeprefix(PAGED)}
 
     def _require(self, name: str, holds: Callable[[Any], bool], what: str) -> None:
         value = getattr(self, name)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from inlay.core.adapter import Adapter
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
 from inlay.data.pack import check_packable
@@ -44,6 +46,28 @@ def require_fresh(folder: Path) -> None:
         )
 
 
+def choose_packing(model: nn.Module, objective: Any, config: TrainConfig) -> tuple[Any, str | None]:
+    """Return the objective, packing where nothing was said of it and it can; and why it cannot.
+
+    That is None where it packs, where `config` says what is to be, and where the objective itself
+    has no use for it.
+    """
+    if config.packing is not None or not config.fast:
+        return objective, None
+    try:
+        packing = replace(objective, packing=True)
+    except UserError:
+        return objective, None
+    try:
+        require_isolation(model)
+    except UserError as error:
+        told = str(error).removeprefix("train.packing: ")
+        return objective, told.removesuffix("set packing: false").rstrip(" ;:")
+    except Exception as error:  # a model that does not like to be tried still trains, padded
+        return objective, f"trying it failed with {type(error).__name__}: {error}"
+    return packing, None
+
+
 @torch.no_grad()
 def require_isolation(model: nn.Module) -> None:
     """Raise UserError where packed rows see each other in `model`; tried on 2 rows of 8 tokens.
@@ -52,6 +76,12 @@ def require_isolation(model: nn.Module) -> None:
     anew, and join the rows all the same.
     """
     check_packable(getattr(model, "config", None))
+    # at its start an adapter may compute nothing yet, so that trying does not tell
+    if any(isinstance(module, Adapter) and module.sees_rows for module in model.modules()):
+        raise UserError(
+            "train.packing: the adapter computes something of each row as a whole, which packed "
+            "rows would share; set packing: false"
+        )
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     words, device = embeddings.weight.shape[0], device_of(model)
     ids = (torch.arange(16, device=device) * 7919 + 1)[None] % words
