@@ -29,6 +29,13 @@ class Alias:
 
 _CUT = "; longer rows are dropped unless data.overlong says otherwise"
 
+_OPTIMIZERS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw8bit"), "adamw_8bit"),
+    **dict.fromkeys(("paged_adamw_32bit", "paged_adamw32bit"), "paged_adamw"),
+    "paged_adamw8bit": "paged_adamw_8bit",
+}
+
 ALIASES: dict[str, Alias] = {
     **dict.fromkeys(("model", "model_name", "model_name_or_path"), Alias("base_model")),
     "model_revision": Alias("revision"),
@@ -71,6 +78,7 @@ ALIASES: dict[str, Alias] = {
     "per_device_eval_batch_size": Alias("train.eval_batch_size"),
     "lr": Alias("train.learning_rate"),
     "lr_scheduler_type": Alias("train.lr_scheduler"),
+    **dict.fromkeys(("optim", "optimizer"), Alias("train.optimizer", _OPTIMIZERS)),
     "sample_packing": Alias("train.packing"),
     "load_best_model_at_end": Alias("train.restore_best"),
     "bf16": Alias(

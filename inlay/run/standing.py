@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from inlay.checkpoint.atomic import clean_partials, disk_errors, remove_folder
 from inlay.config.resolve import Resolved
@@ -25,6 +25,7 @@ from inlay.run.folder import (
     START,
     Run,
 )
+from inlay.train.settings import PAGED
 
 FREE = {
     "output_dir",
@@ -172,5 +173,11 @@ def _differences(run: Run, resolved: Resolved) -> list[str]:
     return [
         f"{name} was {theirs.get(name)!r}, now {ours.get(name)!r}"
         for name in names
-        if theirs.get(name) != ours.get(name)
+        if _meant(name, theirs) != _meant(name, ours)
     ]
+
+
+def _meant(name: str, values: Mapping[str, Any]) -> Any:
+    value = values.get(name)
+    # where its moments lie changes no result
+    return str(value).removeprefix(PAGED) if name == "train.optimizer" else value

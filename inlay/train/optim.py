@@ -25,7 +25,8 @@ from inlay.train.factors import (
     turn_to_full,
     turn_to_product,
 )
-from inlay.train.settings import TrainConfig
+from inlay.train.paged import PagedAdamW
+from inlay.train.settings import PAGED, TrainConfig
 
 
 def make_optimizer(
@@ -63,6 +64,9 @@ def make_optimizer(
     }
     if config.optimizer == "adamw_8bit":
         return AdamW8bit(filled, **settings)
+    if config.optimizer.startswith(PAGED):
+        eight_bit = config.optimizer.removeprefix(PAGED) == "adamw_8bit"
+        return PagedAdamW(filled, **settings, eight_bit=eight_bit)
     optimizer = torch.optim.AdamW(filled, **settings, fused=fused)
     if config.optimizer != "adamw" and model is not None:
         factors = factors_of(model)

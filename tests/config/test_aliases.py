@@ -42,6 +42,7 @@ def test_an_alias_means_a_key_that_there_is_and_is_none_itself(name):
         ({"num_train_epochs": 3}, "train.num_epochs", 3),
         ({"num_epochs": 3}, "train.num_epochs", 3),
         ({"lr_scheduler_type": "linear"}, "train.lr_scheduler", "linear"),
+        ({"optim": "adamw_8bit"}, "train.optimizer", "adamw_8bit"),
         ({"bf16": True}, "train.precision", "bfloat16"),
         ({"stage": "pt"}, "objective.name", "pretrain"),
         ({"finetuning_type": "full"}, "adapter.method", "full"),
@@ -53,6 +54,22 @@ def test_another_tools_name_is_taken_with_one_notice(given, key, value):
     assert len(found.notices) == 1
     assert key in found.notices[0]
     assert next(iter(given.values())) == value or found.origins[key] == "python"
+
+
+@pytest.mark.parametrize("name", ["optim", "optimizer"])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("adamw_torch", "adamw"),
+        ("adamw_bnb_8bit", "adamw_8bit"),
+        ("paged_adamw_32bit", "paged_adamw"),
+        ("paged_adamw_8bit", "paged_adamw_8bit"),
+    ],
+)
+def test_optimizers_are_known_by_the_names_that_other_tools_have(name, theirs, ours):
+    found = resolve(from_mapping({name: theirs}))
+    assert found.config.train.optimizer == ours
+    assert found.notices == (f"{name} (python) is train.optimizer here",)
 
 
 def test_an_own_name_gives_no_notice():

@@ -76,6 +76,16 @@ def test_settings_that_change_no_result_may_change(start):
     assert told.events[-1]["event"] == "result"
 
 
+def test_a_run_goes_on_wherever_the_moments_lie(start, monkeypatch):
+    whole, _ = start(output_dir="whole")
+    interrupted(monkeypatch, start, "save")
+    run, told = start(train={"optimizer": "paged_adamw"})
+    assert "going on with the run in run" in told.texts()
+    assert adapter(run) == adapter(whole)
+    with pytest.raises(UserError, match=r"train\.optimizer was 'paged_adamw', now 'adamw_8bit'"):
+        start(train={"optimizer": "adamw_8bit"})
+
+
 def test_overwrite_starts_anew_and_leaves_other_files_alone(start):
     run, _ = start()
     (run.folder / "notes.txt").write_text("mine")
