@@ -65,6 +65,11 @@ class PackedExperts(PackedModule):
         return sum(self.stacks[name].numel() for name in self.in_codes)
 
     @property
+    def bits(self) -> int:
+        """How many bits a value of them has."""
+        return next(m.bits for m in self.children() if isinstance(m, Stack))
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """What the stacks are dequantized to."""
         return next(m.compute_dtype for m in self.children() if isinstance(m, Stack))

@@ -72,6 +72,11 @@ class PackedTensor(nn.Module):
         return self.like.dtype
 
     @property
+    def bits(self) -> int:
+        """How many bits a value has."""
+        return 8 if self.kind == codec.INT8 else 4
+
+    @property
     def packed(self) -> Packed:
         """The codes and what turns them into the tensor; nothing is copied."""
         codes, nested = self.weight.view(torch.uint8).view(-1), self.nested_absmax

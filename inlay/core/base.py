@@ -63,6 +63,11 @@ class Base(ABC):
         """
         return self.shape
 
+    @property
+    def bits(self) -> int | None:
+        """How many bits a value of the layer's weight has where it is packed; else None."""
+        return self.module.bits if isinstance(self.module, PackedModule) else None
+
     def file_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A and B of rank r in PEFT's files: matrices, but for a conv."""
         out_features, in_features = self.shape
@@ -147,6 +152,11 @@ class PackedModule(nn.Module, ABC):
     @abstractmethod
     def numel(self) -> int:
         """How many values the packed weight has; none while a merged one stands in for it."""
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """How many bits a value of the packed weight has."""
 
     @property
     def stacks(self) -> Mapping[str, torch.Size]:

@@ -20,21 +20,24 @@ class LoftQ(Reweight):
 
     on = frozenset({"linear"})
     config: LoraConfig
-    lost: Tensor
+    lost: Tensor | None
 
     def make(self, base: Base) -> None:
         """Make the LoRA and D."""
         self.lora = Lora(self.config, base, device=self._device)
-        self.register_buffer("lost", self.parameter(*base.shape).data, persistent=False)
+        lost = None if base.bits else self.parameter(*base.shape).data
+        self.register_buffer("lost", lost, persistent=False)
 
     def reset(self, base: Base) -> None:
         """Start the LoRA as if nothing were lost; `model.starts` then looks at the weight."""
         self.lora.reset(base)
-        self.lost.zero_()
+        if self.lost is not None:
+            self.lost.zero_()
 
     def reweight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return W + D + s B A, and the LoRA's bias."""
-        return self.lora.reweight(weight + self.lost.to(weight.dtype), bias)
+        weight = weight if self.lost is None else weight + self.lost.to(weight.dtype)
+        return self.lora.reweight(weight, bias)
 
     def rebias(self, base: Base) -> Tensor | None:
         """Return the LoRA's bias."""
@@ -42,6 +45,8 @@ class LoftQ(Reweight):
 
     def forward(self, base: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return base(x) + D x + s B (A x)."""
+        if self.lost is None:
+            return self.lora(base, x, *args, **kwargs)
         below = base(x, *args, **kwargs)
         lost = base.apply(x.to(self.lost.dtype), self.lost)
         return (below + lost + self.lora.change(base, x)).to(below.dtype)

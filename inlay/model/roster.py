@@ -158,8 +158,8 @@ class Roster:
             )
         return base
 
-    @staticmethod
     def _make(
+        self,
         kind: type[Adapter],
         config: TargetedConfig,
         base: Base,
@@ -170,7 +170,7 @@ class Roster:
         adapter = kind(config, base, device=device, **common)
         if device is None:
             adapter.reset(base)
-        begin(adapter, base, fill=device is None)
+        begin(adapter, base, self.model, fill=device is None)
         return adapter
 
     def _host(self, places: Places, path: str) -> Inlaid:

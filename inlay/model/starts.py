@@ -18,6 +18,7 @@ from inlay.inits import loftq
 from inlay.methods._loftq import LoftQ
 from inlay.methods._starts import LoftQConfig
 from inlay.methods.lora import Lora, LoraConfig
+from inlay.model.unpacked import Weights
 
 FOUND = "_inlay_start"
 MAKERS = {"corda": "preprocess_corda", "lora_ga": "preprocess_loraga"}
@@ -35,12 +36,12 @@ class Found:
 
 
 @torch.no_grad()
-def begin(adapter: Adapter, base: Base, *, fill: bool) -> None:
+def begin(adapter: Adapter, base: Base, model: nn.Module, *, fill: bool) -> None:
     """Give a LoRA the start that its configuration names, where that is one of `inlay.inits`.
 
     fill: set its factors; without, only what the start takes off the base, for a file that has the
     factors. The base itself stays: the adapter subtracts its start, so that the other adapters, and
-    the model with none, still see the whole weight.
+    the model with none, still see the whole weight. model: whose base is at `base.path`.
     """
     lora = adapter.lora if isinstance(adapter, LoftQ) else adapter
     if not isinstance(lora, Lora) or not isinstance(init := lora.config.start, str):
@@ -55,8 +56,10 @@ def begin(adapter: Adapter, base: Base, *, fill: bool) -> None:
     if init == "mica" and not fill:
         return
     config = lora.config
+    if isinstance(adapter, LoftQ) and base.bits and not fill:
+        return
     if isinstance(adapter, LoftQ):
-        b, a = _quantize(adapter, base)
+        b, a = _make_up(config, base, model) if base.bits else _quantize(adapter, base)
         from_the_base = False
     elif init in MAKERS:
         b, a = _of_data(init, base.module, config)
@@ -80,8 +83,28 @@ def _quantize(adapter: LoftQ, base: Base) -> tuple[Tensor, Tensor]:
     settings = LoftQConfig(**config.loftq_config)  # type: ignore[arg-type]
     bits, turns = settings.loftq_bits, settings.loftq_iter
     q, b, a = loftq.quantized(weight, config.r, config.scaling, bits=bits, turns=turns)
-    adapter.lost = (q - weight).to(adapter.lost.dtype)
+    adapter.lost = (q - weight).to(adapter.lora.lora_A.dtype)
     return b, a
+
+
+def _make_up(config: LoraConfig, base: Base, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return factors for what packing took from the weight, which the base's files still have."""
+    settings = LoftQConfig(**config.loftq_config)  # type: ignore[arg-type]
+    if settings.loftq_iter != 1 or settings.loftq_bits != base.bits:
+        raise UserError(
+            f"loftq_config: the base is packed already, in {base.bits} bits and once: take "
+            f"loftq_bits={base.bits} and loftq_iter=1, or a base that is not packed"
+        )
+    now = base.weight().float()
+    try:
+        whole = Weights(None, model).read(f"{base.path}.weight", now)
+    except UserError as error:
+        raise UserError(
+            f"init_lora_weights='loftq' makes up for what packing lost, and {error}. Load the base "
+            "from its 16-bit folder with quantize, or take init_lora_weights=True and call "
+            "replace_lora_weights_loftq(model, folder) with that folder"
+        ) from error
+    return loftq.making_up(whole - now, config.r, config.scaling)
 
 
 def _of_data(init: str, module: nn.Module, config: LoraConfig) -> tuple[Tensor, Tensor]:
