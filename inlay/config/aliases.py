@@ -43,6 +43,7 @@ ALIASES: dict[str, Alias] = {
     "torch_dtype": Alias("dtype"),
     "load_in_4bit": Alias("quantize", {True: "nf4", False: "none"}, only=True),
     "output": Alias("output_dir"),
+    "peft_autocast_adapter_dtype": Alias("autocast_adapter_dtype"),
     # the adapter
     "finetuning_type": Alias("adapter.method"),
     "method": Alias("adapter.method"),

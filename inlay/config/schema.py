@@ -70,6 +70,10 @@ class RunConfig:
     quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
     """Pack the frozen linear layers as they are loaded (QLoRA): 4 bits, nf4 the closer, or int8."""
 
+    autocast_adapter_dtype: bool = True
+    """Keep the adapter in float32 over a base in 16 bits; false = in the base's dtype, half the
+    memory of its weights, gradients and moments, for coarser steps."""
+
     adapter: AdapterConfig = dataclasses.field(default_factory=_default_adapter)
     """`method`, and that method's settings."""
 
@@ -94,6 +98,11 @@ class RunConfig:
             raise UserError(
                 f"quantize is {self.quantize}, and adapter full trains the base's own weights, "
                 "which packed cannot move; leave quantize out, or take adapter: lora"
+            )
+        if not self.autocast_adapter_dtype and self.adapter.method is PeftType.FULL:
+            raise UserError(
+                "autocast_adapter_dtype is False, and adapter full has no adapter: the base trains "
+                "in its own dtype, which `dtype` sets; leave autocast_adapter_dtype out"
             )
         task, wanted = self.adapter.task_type, self.objective.task
         if task != wanted and (task is not None or wanted != "CAUSAL_LM"):

@@ -25,6 +25,7 @@ from inlay.model import eva, observe
 from inlay.model.roster import Roster
 from inlay.model.starts import attach
 from inlay.run.folder import START
+from inlay.surface.peft_model import follow_base
 from inlay.train.distributed import rank, wait
 from inlay.train.evaluate import inference
 from inlay.train.order import Order, seed_of
@@ -111,6 +112,8 @@ def begin(
     with _own_random_state():
         torch.manual_seed(seed_of(rows.config.seed))
         _set_in(roster, settings, layers, found)
+    if not config.autocast_adapter_dtype:
+        follow_base(roster, NAME)
     tell(_told(settings, roster))
 
 

@@ -241,7 +241,12 @@ def adapted(base: Any, config: RunConfig) -> Any:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed_of(config.train.seed))
-        return get_peft_model(base, config.adapter, revision=config.revision)
+        return get_peft_model(
+            base,
+            config.adapter,
+            autocast_adapter_dtype=config.autocast_adapter_dtype,
+            revision=config.revision,
+        )
 
 
 def check_sources(config: RunConfig) -> None:

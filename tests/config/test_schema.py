@@ -14,8 +14,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 def test_the_blocks_have_these_names():
-    names = """base_model revision trust_remote_code dtype device quantize adapter data objective
-        train evaluate output_dir"""
+    names = """base_model revision trust_remote_code dtype device quantize autocast_adapter_dtype
+        adapter data objective train evaluate output_dir"""
     assert {field.name for field in dataclasses.fields(RunConfig)} == set(names.split())
     assert {f.name for f in dataclasses.fields(EvaluateConfig)} == {
         "answers",
