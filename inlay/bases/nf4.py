@@ -89,7 +89,9 @@ class PackedLinear(nn.Linear, PackedTensor, PackedModule):
             return F.linear(input, self.dense, self.bias)
         bias = None if self.bias is None else self.bias.to(dtype)
         product: Any = _Product.apply
-        out = cast(Tensor, product(input.to(dtype), bias, self))
+        rows = input.to(dtype).reshape(-1, self.in_features)
+        # shaped out here: autograd lets no one write into a view that a function returned
+        out = cast(Tensor, product(rows, bias, self).view(*input.shape[:-1], self.out_features))
         return out if automatic else out.to(input.dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -134,21 +136,19 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, module: PackedLinear) -> Tensor:
-        """Return x W^T + b [..., O]."""
+        """Return x W^T + b [N, O] of x [N, I]."""
         ctx.module = module
-        out = products.linear(x.reshape(-1, module.in_features), module.packed, bias)
-        return out.view(*x.shape[:-1], module.out_features)
+        return products.linear(x, module.packed, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Return the gradients of x and of the bias, where these are wanted."""
         (grad,) = grads
-        module, rows = ctx.module, grad.reshape(-1, grad.shape[-1])
         x = bias = None
         if ctx.needs_input_grad[0]:
-            x = products.product(rows, module.packed).view(*grad.shape[:-1], module.in_features)
+            x = products.product(grad, ctx.module.packed)
         if ctx.needs_input_grad[1]:
-            bias = rows.sum(0)
+            bias = grad.sum(0)
         return x, bias, None
 
 

@@ -93,12 +93,14 @@ def registered() -> Any:
         def _process_model_before_weight_loading(
             self, model: Any, checkpoint_files: Any = None, **_: Any
         ) -> None:
-            packing = self.quantization_config.packing
+            packing, self.dtype = self.quantization_config.packing, model.dtype
+            if packing.given:
+                _check_stacked(checkpoint_files)
             heads = sorted({name for names in HEADS.values() for name in names})
             skip = self.get_modules_to_not_convert(model, packing.skip, model._keep_in_fp32_modules)
             skip = skip if packing.given else [*skip, *heads]
             _replace(model, skip, packing)
-            self.stacks = _pack_experts(model, skip, packing, checkpoint_files)
+            self.stacks = _pack_experts(model, skip, packing)
             if not any(isinstance(module, PackedTensor) for module in model.modules()):
                 raise UserError(
                     f"{type(model).__name__} has no linear layers that can be packed "
@@ -112,11 +114,12 @@ def registered() -> Any:
             return pack(self)
 
         def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-            found = [
+            if self.pre_quantized:
+                return [*weight_conversions, *self.get_weight_conversions()]
+            return [
                 _noting(each, note(self)) if _makes(each, self.stacks) else each
                 for each in weight_conversions
             ]
-            return found + self.get_weight_conversions()
 
         def get_weight_conversions(self) -> Any:
             if not self.pre_quantized:
@@ -124,6 +127,11 @@ def registered() -> Any:
             # a layer's last: its keys may stand in those of a stack
             names = [*sorted(self.stacks), "weight"]
             return [WeightConverter(_keys(name), name, [take(self, name)]) for name in names]
+
+        def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+            # plain numbers that come into the place of codes do not get these' dtype
+            dtype = dtype if dtype is None or dtype.is_floating_point else self.dtype
+            return super().get_new_dtype(converter, param, dtype)
 
         def is_serializable(self, *_: Any, **__: Any) -> bool:
             return True
@@ -214,53 +222,43 @@ def _replace(model: Any, skip: list[str], packing: Packing) -> None:
         model.get_submodule(above)._modules[name] = made
 
 
-def _pack_experts(model: Any, skip: list[str], packing: Packing, files: Any) -> set[str]:
+def _pack_experts(model: Any, skip: list[str], packing: Packing) -> set[str]:
     """Give the model's experts room for codes in place of stacks of matrices.
 
-    files: of the checkpoint; where it is packed, those are that it has in codes. Returns the ends
-    of their names, `.experts.down_proj`.
+    Returns the ends of their names: `.experts.down_proj`.
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    inside = _packed_in(files) if packing.given else None
-    if any(re.search(r"\.experts\.\d+\.", name) for name in inside or ()):
-        raise UserError(
-            "the checkpoint holds a mixture's experts one by one in codes, as transformers before "
-            "5 wrote them, and they are stacks now: take the 16-bit model that it was made from, "
-            "with quantize: nf4 to pack it"
-        )
-    ends = {".".join(["", *name.split(".")[-2:]]) for name in inside or ()}
     found: set[str] = set()
     for path, module in list(model.named_modules()):
         if "experts" not in type(module).__name__.lower() or isinstance(module, PackedTensor):
             continue
-        end = f".{path.rpartition('.')[2]}"
         names = [
             name
             for name, p in module._parameters.items()
-            if p is not None
-            and p.ndim == 3
-            and should_convert_module(f"{path}.{name}", skip)
-            and (inside is None or f"{end}.{name}" in ends)
+            if p is not None and p.ndim == 3 and should_convert_module(f"{path}.{name}", skip)
         ]
         if not names:
             continue
         pack_parameters(module, names, packing.kind, double=packing.double)
         module._is_hf_initialized = True  # as for layers
-        found.update(f"{end}.{name}" for name in names)
+        found.update(f".{path.rpartition('.')[2]}.{name}" for name in names)
     return found
 
 
-def _packed_in(files: Any) -> set[str]:
-    """Return the names of the weights that checkpoint files hold in codes."""
+def _check_stacked(files: Any) -> None:
+    """Raise UserError where checkpoint files hold a mixture's experts one by one in codes."""
     from safetensors import safe_open
 
-    found: set[str] = set()
     for file in files or ():
         with safe_open(file, framework="pt") as held:
             keys = list(held.keys())
-        found.update(k.rpartition(".")[0] for k in keys if k.endswith((".absmax", ".SCB")))
-    return found
+        if any(re.search(r"\.experts\.\d+\..*\.(absmax|SCB)$", key) for key in keys):
+            raise UserError(
+                "the checkpoint holds a mixture's experts one by one in codes, as transformers "
+                "before 5 wrote them, and they are stacks now: take the 16-bit model that it was "
+                "made from, with quantize: nf4 to pack it"
+            )
 
 
 def _makes(conversion: Any, stacks: Collection[str]) -> bool:

@@ -21,7 +21,7 @@ from inlay.model import packing
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 WEIGHTS = "model.safetensors"
-FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")
+FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe")
 
 
 def tiny(folder: Path, family: str = "mixtral", dtype: torch.dtype = torch.float32) -> Path:
