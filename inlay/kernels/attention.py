@@ -14,6 +14,7 @@ import ctypes
 import dataclasses
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Rows:
     @property
     def spans(self) -> list[tuple[int, int]]:
         """The first token of each row, and the one behind its last."""
-        return list(zip(self.bounds, self.bounds[1:], strict=False))
+        return list(pairwise(self.bounds))
 
 
 def attention(
@@ -120,15 +121,15 @@ def eager(
 ) -> Tensor:
     """Return the same, row by row, by plain torch."""
     outs = []
+    shared = q.shape[1] != k.shape[1]
     for first, last in rows.spans:
-        row = [t[first:last].transpose(0, 1) for t in (q, k, v)]
+        a, b, c = (t[first:last].transpose(0, 1)[None] for t in (q, k, v))
         if window is None and cap is None:
-            batch = (t[None] for t in row)
             out = F.scaled_dot_product_attention(
-                *batch, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+                a, b, c, is_causal=True, scale=scale, enable_gqa=shared
             )[0]
         else:
-            out = _scored(*row, scale, window, cap)
+            out = _scored(a[0], b[0], c[0], scale, window, cap)
         outs.append(out.transpose(0, 1))
     return torch.cat(outs)
 
@@ -200,7 +201,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Return the gradients of q, k and v."""
         q, k, v, out, lse = ctx.saved_tensors
