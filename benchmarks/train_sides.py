@@ -20,7 +20,7 @@ from train_shapes import SHAPES, rows, work
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 VIRTUAL = {"num_virtual_tokens": 16}
-METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LoraConfig", LORA),
     "dora": ("LoraConfig", {**LORA, "use_dora": True}),
     "ia3": ("IA3Config", {}),
@@ -31,6 +31,8 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "full": ("FullConfig", {}),
 }
 """name -> the class of its settings, in PEFT and here, and the settings."""
+STANDS_IN = {"bottleneck": "lora"}
+"""What PEFT does in place of a method that it has not; `full` needs no PEFT."""
 SEED, RATE = 42, 2e-4
 GEMM = (1024, 1536, 1536)
 
@@ -130,13 +132,13 @@ def prepare(job: dict[str, Any]) -> None:
 
 
 def theirs(model: Any, method: str) -> Any:
-    """Return `model` with PEFT's adapter of this method; as it is where PEFT has none."""
+    """Return `model` with PEFT's adapter of this method; as it is where all of it trains."""
     import peft
     import torch
 
-    name, settings = METHODS[method]
-    if name is None or not hasattr(peft, name):
+    if method == "full":
         return model
+    name, settings = METHODS[STANDS_IN.get(method, method)]
     torch.manual_seed(SEED)
     return peft.get_peft_model(model, getattr(peft, name)(task_type="CAUSAL_LM", **settings))
 
@@ -168,7 +170,8 @@ def run_inlay(job: dict[str, Any], pace_of: Callable[[], Pace]) -> None:
     torch.manual_seed(SEED)
     model = inlay.get_peft_model(base, getattr(inlay, name)(task_type="CAUSAL_LM", **settings))
     start = load_file(job["start"])
-    if start and job["method"] != "p_tuning":  # whose file has the tokens, and not their encoder
+    # the file of p_tuning has the tokens, and not the encoder that trains
+    if start and job["method"] not in ("p_tuning", *STANDS_IN):
         inlay.set_peft_model_state_dict(model, start)
     config = TrainConfig(
         **{
