@@ -97,6 +97,7 @@ if TYPE_CHECKING:
         initialize_kv_prefix_from_text,
     )
     from inlay.surface.peft_model import PeftModel
+    from inlay.surface.prepare import prepare_model_for_kbit_training
     from inlay.surface.starts import (
         get_eva_state_dict,
         initialize_lora_eva_weights,
@@ -210,6 +211,7 @@ __all__ = [
     "inject_adapter_in_model",
     "load_base",
     "prepare_model_for_compiled_hotswap",
+    "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
     "replace_lora_weights_loftq",
@@ -307,6 +309,7 @@ _MODULES = {
         "initialize_kv_prefix_from_text",
     ],
     "inlay.surface.peft_model": ["PeftModel"],
+    "inlay.surface.prepare": ["prepare_model_for_kbit_training"],
     "inlay.surface.tasks": [
         "get_peft_model",
         *(name for name in __all__ if name.startswith("PeftModelFor")),

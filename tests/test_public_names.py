@@ -103,6 +103,7 @@ PUBLIC = {
     "inject_adapter_in_model",
     "load_base",
     "prepare_model_for_compiled_hotswap",
+    "prepare_model_for_kbit_training",
     "save_as_lora",
     "set_peft_model_state_dict",
     "train",

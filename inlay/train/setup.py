@@ -13,8 +13,8 @@ from torch import nn
 
 from inlay.core.adapter import Adapter
 from inlay.core.errors import UserError
-from inlay.core.inlaid import Inlaid
 from inlay.data.pack import check_packable
+from inlay.model import checkpointing
 from inlay.train.evaluate import inference
 from inlay.train.precision import device_of
 from inlay.train.settings import TrainConfig
@@ -112,38 +112,13 @@ def training_mode(model: nn.Module, config: TrainConfig) -> Iterator[None]:
     was_training = model.training
     # a model that checkpoints already does so as its owner chose, and still will afterwards
     already = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    checkpointing = config.gradient_checkpointing and not already
-    if checkpointing:
-        _switch(model, "enable", _checkpoint_arguments(model))
+    wanted = config.gradient_checkpointing and not already
+    if wanted:
+        checkpointing.enable(model)
     model.train()
     try:
         yield
     finally:
         model.train(was_training)
-        if checkpointing:
-            _switch(model, "disable")
-            # switching it on made the embeddings' outputs require a gradient, by a hook that stays
-            getattr(model, "disable_input_require_grads", lambda: None)()
-
-
-def _checkpoint_arguments(model: nn.Module) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"use_reentrant": False}
-    hosts = (module for module in model.modules() if isinstance(module, Inlaid))
-    host = next(hosts, None)
-    if host is not None:
-        # the backward pass must recompute with the adapters that the forward pass had
-        arguments["context_fn"] = host.selection.checkpoint_context
-    return arguments
-
-
-def _switch(model: nn.Module, how: str, *arguments: Any) -> None:
-    # transformers calls it activation_... in newer releases, where the older name warns
-    for name in (f"activation_checkpointing_{how}", f"gradient_checkpointing_{how}"):
-        method = getattr(model, name, None)
-        if method is not None:
-            method(*arguments)
-            return
-    raise UserError(
-        f"{type(model).__name__} cannot checkpoint its activations; "
-        f"set train.gradient_checkpointing false and a smaller train.micro_batch_size"
-    )
+        if wanted:
+            checkpointing.disable(model)

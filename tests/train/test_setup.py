@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from inlay import LoraConfig, get_peft_model
 from inlay.core.errors import UserError
 from inlay.train.settings import TrainConfig
 from inlay.train.setup import require_isolation, trainable, training_mode
@@ -65,7 +66,13 @@ def test_the_hosts_selection_is_kept_for_the_computation_again(tiny_llama):
     hosts = [module for module in model.modules() if isinstance(module, Inlaid)]
     assert not hosts
     with training_mode(model, CHECKPOINTING):
-        assert given == {"use_reentrant": False}
+        assert given.keys() == {"use_reentrant", "context_fn"}
+        assert not given["use_reentrant"]
+        # the model may get adapters while it checkpoints
+        adapted = get_peft_model(model, LoraConfig(r=2))
+        _, again = given["context_fn"]()
+        with adapted.disable_adapter(), again:
+            assert adapted.roster.selection.active == ("default",)
 
 
 @pytest.mark.parametrize(
