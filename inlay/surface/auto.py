@@ -43,6 +43,7 @@ class AutoPeftModel:
         config: AdapterConfig | None = None,
         *,
         revision: str | None = None,
+        quantize: str | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -52,7 +53,8 @@ class AutoPeftModel:
     ) -> PeftModel:
         """Return the base that the adapter's settings name, with the adapter of the folder.
 
-        dtype (once torch_dtype), device, trust_remote_code: of the base, as in `load_base`.
+        quantize, dtype (once torch_dtype), device, trust_remote_code: of the base, as in
+        `load_base`; a base that is packed on the disk needs no quantize.
         device_map: transformers' way to say the device; one for all. A tokenizer in the folder
         with more tokens than the base has makes the embeddings grow, as they had when the adapter
         was trained.
@@ -69,6 +71,7 @@ class AutoPeftModel:
         task = cls.task or settings.task_type
         base, _ = load_base(
             name,
+            quantize,
             dtype=dtype if dtype is not None else torch_dtype,
             device=device if device is not None else _one_device(device_map),
             task_type=task,

@@ -50,6 +50,37 @@ def test_dtype_and_device_may_be_said_as_transformers_does(tmp_path: Path) -> No
         load(tmp_path, device_map={"model.layers.0": 0, "model.layers.1": 1})
 
 
+def test_the_base_is_packed_as_it_is_loaded_or_was_already(tmp_path: Path) -> None:
+    def logits(model: torch.nn.Module) -> torch.Tensor:
+        return model(input_ids=IDS).logits.detach()
+
+    settings = LoraConfig(
+        r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    base, _ = inlay.load_base(quantize="nf4", device="cpu")
+    base.save_pretrained(tmp_path / "packed")
+    model = get_peft_model(base, settings).eval()
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    load = inlay.AutoPeftModelForCausalLM.from_pretrained
+    again = load(tmp_path / "adapter", quantize="nf4", device="cpu")
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-5)
+    plain = load(tmp_path / "adapter", device="cpu")
+    assert not torch.allclose(logits(plain), expected, rtol=0, atol=1e-2)
+
+    saved, _ = inlay.load_base(tmp_path / "packed", device="cpu")
+    over = get_peft_model(saved, settings).eval()
+    over.load_state_dict(model.state_dict())
+    over.save_pretrained(tmp_path / "over")
+    for given in ({}, {"quantize": "nf4"}):
+        found = load(tmp_path / "over", device="cpu", **given)
+        torch.testing.assert_close(logits(found), expected, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="quantized already, as nf4"):
+        load(tmp_path / "over", quantize="int8")
+    with pytest.raises(UserError, match="'nf5' is not one of none, nf4"):
+        load(tmp_path / "adapter", quantize="nf5")
+
+
 def test_a_sequence_to_sequence_base(tmp_path: Path) -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
