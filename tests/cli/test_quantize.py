@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -70,6 +71,19 @@ def test_a_full_disk_is_known_before_anything_is_written(inlay, monkeypatch):
     assert code == 2
     assert "the packed model takes 3 MiB, and its disk has 2 free" in errors
     assert not Path("deep").exists()
+
+
+def test_a_disk_that_fills_up_while_it_is_written_leaves_nothing(inlay, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    code, _, errors = inlay("quantize", "inlay-tiny", "deep/packed")
+    assert code != 0
+    assert "No space left on device" in errors
+    assert "Traceback" not in errors
+    assert not [path for path in Path().rglob("*") if "packed" in path.name]
 
 
 def test_a_packed_base_trains_and_its_run_merges_into_a_plain_folder(inlay):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -89,6 +90,33 @@ def test_tied_weights_stay_tied_and_shards_are_read_in_turn(tmp_path: Path) -> N
     )
     assert many.lm_head.weight is many.model.embed_tokens.weight
     assert torch.equal(logits(one), logits(many))
+
+
+@pytest.mark.parametrize("kind", codec.KINDS)
+def test_a_weight_that_no_block_divides_ends_in_a_shorter_one(tmp_path: Path, kind: str) -> None:
+    tiny(tmp_path, hidden_size=36, intermediate_size=27, head_dim=16)
+    plain, _ = inlay.load_base(tmp_path, device="cpu")
+    model, _ = inlay.load_base(tmp_path, quantize=kind, device="cpu")
+    path = "model.layers.1.mlp.up_proj"
+    assert plain.get_submodule(path).weight.numel() == 972  # 15 blocks of 64, and 12 values
+    meant = codec.dequantize(codec.quantize(plain.get_submodule(path).weight, kind))
+    assert torch.equal(view(model.get_submodule(path)).weight(), meant)
+    model.save_pretrained(tmp_path / "packed")
+    again, _ = inlay.load_base(tmp_path / "packed", device="cpu")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_terminal_sees_how_far_loading_is(tmp_path: Path, monkeypatch: Any) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stderr", stream)
+            inlay.load_base(tiny(tmp_path), quantize="nf4", device="cpu")
+        told = stream.getvalue()
+        assert ("Loading weights" in told and "21/21" in told) == shown
 
 
 @pytest.mark.parametrize("double", [False, True])
