@@ -154,15 +154,13 @@ def run_inlay(job: dict[str, Any], pace_of: Callable[[], Pace]) -> None:
     from safetensors.torch import load_file
 
     import inlay
-    from inlay.core.errors import UserError
     from inlay.data.example import Example
-    from inlay.data.pack import check_packable
     from inlay.data.rows import Source
     from inlay.objectives.sft import Sft
     from inlay.train.events import Events
     from inlay.train.loop import fit
     from inlay.train.settings import TrainConfig
-    from inlay.train.setup import require_isolation
+    from inlay.train.setup import choose_packing
 
     pace = pace_of()
     base, tokenizer = inlay.load_base(job["base"], dtype=job["dtype"], device="cpu")
@@ -184,15 +182,11 @@ def run_inlay(job: dict[str, Any], pace_of: Callable[[], Pace]) -> None:
             "gradient_checkpointing": job["checkpointing"],
             "save_steps": None,
             "seed": SEED,
-            "packing": True,
             **job["set"],
         }
     )
-    try:
-        check_packable(base.config)
-        require_isolation(model)
-    except UserError:
-        config = TrainConfig(**{**vars(config), "packing": False})
+    asked = Sft(packing=bool(config.packing), fast=config.fast)
+    objective, _ = choose_packing(model, asked, config)
     made = examples(job, base.config.vocab_size)
     train = [
         Example(ids, labels, str(i), Source("rows", i)) for i, (ids, labels) in enumerate(made)
@@ -207,7 +201,7 @@ def run_inlay(job: dict[str, Any], pace_of: Callable[[], Pace]) -> None:
     pace.loaded()
     with tempfile.TemporaryDirectory() as folder:
         events = Events(folder, [listen])
-        fit(model, tokenizer, Sft(packing=config.packing), train, [], config, folder, events)
+        fit(model, tokenizer, objective, train, [], config, folder, events)
 
 
 def run_trl(job: dict[str, Any], pace_of: Callable[[], Pace]) -> None:
