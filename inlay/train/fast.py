@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.model.accelerate import accelerated
+from inlay.model.attention import packed_attention
 from inlay.model.blocks import fast_blocks
 from inlay.train.evaluate import inference
 from inlay.train.precision import autocast, device_of
@@ -38,6 +39,7 @@ def fast_paths(
     with ExitStack() as stack:
         stack.enter_context(accelerated(model, run))
         stack.enter_context(fast_blocks(model, run))
+        stack.enter_context(packed_attention(model))
         yield
 
 
