@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from inlay import UserError
+from inlay.bases._packed import PackedTensor
 from inlay.bases.nf4 import PackedLinear
 from inlay.model.load import embedded, load_base
 from inlay.run import agreement
 from tests.cli.conftest import SMALL
+from tests.model.test_quantized_experts import tiny as tiny_mixture
 
 IDS = torch.arange(3, 23)[None]
 
@@ -103,6 +105,25 @@ def test_a_packed_base_trains_and_its_run_merges_into_a_plain_folder(inlay):
         assert not [m for m in merged.modules() if isinstance(m, PackedLinear)]
         assert not hasattr(merged.config, "quantization_config")
         assert inlay("eval", run)[0] == 0
+
+
+def test_a_mixture_is_packed_trains_at_its_experts_and_merges(inlay):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded())
+    tokenizer.save_pretrained(tiny_mixture(Path("mixture"), vocab_size=len(tokenizer)))
+    code, out, errors = inlay("quantize", "mixture", "packed", "--device", "cpu")
+    assert code == 0, errors
+    experts, others = 2 * 4 * (128 * 64 + 64 * 64), 2 * (2 * 64 * 64 + 2 * 32 * 64)
+    assert f"10 layers of {experts + others:,} values in nf4" in out
+    words = ["--base_model", "packed", "--adapter.target_parameters", '["experts.down_proj"]']
+    words += ["--data", "chats.jsonl", "--output_dir", "run", *SMALL]
+    code, _, errors = inlay("train", *words)
+    assert code == 0, errors
+    code, _, errors = inlay("merge", "run", "merged")
+    assert code == 0, errors
+    merged, _ = load_base("merged", device="cpu")
+    assert not any(isinstance(module, PackedTensor) for module in merged.modules())
 
 
 def test_a_merge_that_changes_what_is_said_is_refused_before_anything_is_written(

@@ -24,7 +24,7 @@ WEIGHTS = "model.safetensors"
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe")
 
 
-def tiny(folder: Path, family: str = "mixtral", dtype: torch.dtype = torch.float32) -> Path:
+def tiny(folder: Path, family: str = "mixtral", **given: Any) -> Path:
     """Save a mixture with random weights: two layers of four experts of 128 x 64 and 64 x 64."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -33,11 +33,12 @@ def tiny(folder: Path, family: str = "mixtral", dtype: torch.dtype = torch.float
     settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     settings |= {"num_experts_per_tok": 2, "intermediate_size": 64, "moe_intermediate_size": 64}
     number = {"num_experts": 4} if family == "qwen3_moe" else {"num_local_experts": 4}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings, **number))
+    config = AutoConfig.for_model(family, **settings | number | given)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
-    model.to(dtype).save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder
 
 
