@@ -52,10 +52,10 @@ class Rule(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Values that a step moves, and their moments: all flat, contiguous and of one device.
+    """Values that a step moves, and their moments: all contiguous and of one device.
 
-    weights, grads [n] of one dtype; first, second uint8 [n], the codes of m and v; first_max,
-    second_max float32 [ceil(n / 256)].
+    weights, grads of n values, of one dtype; first, second uint8 [n], the codes of m and v;
+    first_max, second_max float32 [ceil(n / 256)].
     """
 
     weights: Tensor
@@ -88,13 +88,14 @@ def step_plainly(piece: Piece) -> None:
     """Move one piece by plain torch: the twin."""
     device = piece.weights.device
     signed, unsigned = dynamic_map(device), unsigned_map(device)
-    for start in range(0, len(piece.weights), PIECE):
+    weights, grads = piece.weights.view(-1), piece.grads.view(-1)
+    for start in range(0, len(weights), PIECE):
         part = slice(start, start + PIECE)
         blocks = slice(start // BLOCK, (start + PIECE) // BLOCK)
         first, first_max = piece.first[part], piece.first_max[blocks]
         second, second_max = piece.second[part], piece.second_max[blocks]
         mean, square = unpack(first, first_max, signed), unpack(second, second_max, unsigned)
-        move(piece.weights[part], piece.grads[part], mean, square, piece.rule)
+        move(weights[part], grads[part], mean, square, piece.rule)
         pack(mean, first, first_max, signed)
         pack(square, second, second_max, unsigned)
 

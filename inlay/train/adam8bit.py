@@ -118,7 +118,7 @@ def advance(parts: Sequence[Part]) -> None:
             move(weights, grads, first, second, rule)
             continue
         most = (state["exp_avg_max"], state["exp_avg_sq_max"])
-        pieces.append(Piece(weights.view(-1), grads.reshape(-1), first, second, *most, rule))
+        pieces.append(Piece(weights, grads.contiguous(), first, second, *most, rule))
     step(pieces)
 
 
