@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import inlay
 from inlay.bases import view
@@ -55,7 +56,7 @@ def rows(hidden: int = 64, dtype: torch.dtype = torch.float32) -> tuple[torch.Te
     return x, index, weights.to(dtype)  # the fourth expert has no rows
 
 
-def differentiated(module: nn.Module, x: torch.Tensor, *routed: torch.Tensor) -> list[torch.Tensor]:
+def differentiated(module: Any, x: torch.Tensor, *routed: torch.Tensor) -> list[torch.Tensor]:
     x = x.clone().requires_grad_()
     index, weights = routed[0], routed[1].clone().requires_grad_()
     out = module(x, index, weights)
@@ -98,6 +99,17 @@ def test_no_matrix_is_kept_for_the_backward_pass(hidden):
         ):
             module(x.clone().requires_grad_(), index, weights)
         assert any(size >= most for size in kept) == keeps
+
+
+@pytest.mark.parametrize("hidden", [64, 33])
+def test_a_step_with_checkpoints_has_the_same_gradients(hidden):
+    made, _ = packed("mixtral", hidden=hidden)
+    alone = differentiated(made, *rows(hidden))
+
+    def again(*given: torch.Tensor) -> torch.Tensor:
+        return checkpoint(made, *given, use_reentrant=False)
+
+    torch.testing.assert_close(differentiated(again, *rows(hidden)), alone)
 
 
 def test_they_are_moved_cast_and_copied_as_any_module():
