@@ -298,9 +298,7 @@ INLINE void backward_block(int pairs, const Task *t, int64_t head, int64_t first
     const float *lse = call->lse + head * call->tokens + t->first + first;
     for (int64_t m = 0; m < b.columns; m++) {
         x->lse[m] = m < count ? lse[m] : 1e30f;  // so that a query of the padding weighs nothing
-        x->delta[m] = 0;
-        for (int64_t d = 0; m < count && d < call->width; d++)
-            x->delta[m] += number(&grad, m, d) * number(&out, m, d);
+        x->delta[m] = m < count ? dot(&grad, &out, m) : 0.0f;
     }
     memset(x->dq, 0, b.columns * t->deep * sizeof(float));
     const int64_t last = first + b.columns;

@@ -161,10 +161,21 @@ INLINE void product(int pairs, const unit *a, int64_t ar, int64_t ak, const unit
 // a head's tokens: `count` of `width` numbers, `stride` numbers apart; zeros after them
 typedef struct { const char *at; int64_t stride, width, count, bf16; } Tokens;
 
-INLINE float number(const Tokens *t, int64_t row, int64_t d) {
-    if (row >= t->count || d >= t->width) return 0.0f;
-    const int64_t index = row * t->stride + d;
-    return t->bf16 ? wide(((const uint16_t *)t->at)[index]) : ((const float *)t->at)[index];
+// the sum of what two heads have at a token, times each other
+static float dot(const Tokens *a, const Tokens *b, int64_t row) {
+    const int64_t size = a->bf16 ? 2 : 4, width = a->width;
+    const char *left = a->at + row * a->stride * size, *right = b->at + row * b->stride * size;
+    float sum = 0;
+    if (a->bf16) {
+        SUM(sum)
+        for (int64_t d = 0; d < width; d++)
+            sum += wide(((const uint16_t *)left)[d]) * wide(((const uint16_t *)right)[d]);
+    } else {
+        SUM(sum)
+        for (int64_t d = 0; d < width; d++)
+            sum += ((const float *)left)[d] * ((const float *)right)[d];
+    }
+    return sum;
 }
 
 // [rows][units]: units along d
