@@ -14,6 +14,7 @@ from torch import Tensor
 from inlay.bases.plain import Linear
 from inlay.core.adapter import Delta
 from inlay.core.inlaid import Inlaid
+from inlay.kernels.columns import times_columns
 from inlay.kernels.lora import Member
 from inlay.methods._dora import Dora
 from inlay.methods.lora import Lora
@@ -69,7 +70,7 @@ class DoraSite(Site):
 
     def finish(self, out: Tensor) -> Tensor:
         """Return c * (out - b) + b."""
-        scaled = self._without_bias(out) * self.scale.to(out.dtype)
+        scaled = times_columns(self._without_bias(out), self.scale)
         bias = self.layer.bias()
         return scaled if bias is None else scaled + bias.to(out.dtype)
 
