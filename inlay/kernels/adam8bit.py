@@ -96,8 +96,8 @@ def step_plainly(piece: Piece) -> None:
         second, second_max = piece.second[part], piece.second_max[blocks]
         mean, square = unpack(first, first_max, signed), unpack(second, second_max, unsigned)
         move(weights[part], grads[part], mean, square, piece.rule)
-        pack(mean, first, first_max, signed)
-        pack(square, second, second_max, unsigned)
+        pack(mean, first, first_max, signs=True)
+        pack(square, second, second_max, signs=False)
 
 
 def move(weights: Tensor, grads: Tensor, mean: Tensor, square: Tensor, rule: Rule) -> None:
@@ -129,22 +129,22 @@ def unsigned_map(device: torch.device) -> Tensor:
     return torch.tensor(sorted(values), device=device)
 
 
-def pack(values: Tensor, codes: Tensor, absmax: Tensor, levels: Tensor) -> None:
+def pack(values: Tensor, codes: Tensor, absmax: Tensor, *, signs: bool) -> None:
     """Write float32 values [n] as codes uint8 [n] and absmax [ceil(n / 256)], the nearest level.
 
-    Without signs what is above 0 never becomes 0: as a second moment it would make a step of
-    m / eps.
+    signs: whether they are those of `dynamic_map`, or of `unsigned_map`. Of the latter what is
+    above 0 never becomes 0: as a second moment it would make a step of m / eps.
     """
     padded = torch.nn.functional.pad(values, (0, len(absmax) * BLOCK - len(values)))
     blocks = padded.view(-1, BLOCK)
     torch.amax(blocks.abs(), 1, out=absmax)
     # a block of zeros stays one, whatever it is divided by
     scaled = (blocks / absmax.clamp(min=1e-38)[:, None]).view(-1)[: len(values)]
-    below, middle = _cells(float(levels[0]) < 0, values.device)
+    below, middle = _cells(signs, values.device)
     cell = (scaled.view(torch.int32) >> 16).add_(1 << 15)
     torch.index_select(below, 0, cell, out=codes)
     codes.add_(scaled > middle.index_select(0, cell))
-    if levels[0] == 0:
+    if not signs:
         codes.clamp_(min=1).mul_(values > 0)
 
 

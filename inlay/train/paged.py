@@ -149,15 +149,15 @@ def _advance(parts: Sequence[Part]) -> None:
     for same in by_group.values():
         weights, grads, states, groups, numbers = map(list, zip(*same, strict=True))
         group: Any = groups[0]
-        # of the step before: torch counts them up, each of its own
-        steps = torch.tensor(numbers, dtype=torch.float32, device=weights[0].device).sub_(1)
+        # of the step before, for torch counts them up; filled on the device, which nobody waits for
+        steps = [_number(number - 1, weights[0].device) for number in numbers]
         adamw(
             weights,
             grads,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            list(steps.unbind()),
+            steps,
             fused=True,
             amsgrad=False,
             beta1=group["betas"][0],
@@ -167,6 +167,10 @@ def _advance(parts: Sequence[Part]) -> None:
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _number(value: int, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 FULL = Kind(_layout, _empty, _advance, shaped=True)

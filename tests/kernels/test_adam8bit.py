@@ -38,7 +38,7 @@ def test_maps_and_codes_are_those_of_bitsandbytes(signed):
     values = torch.randn(4096, generator=torch.Generator().manual_seed(3))
     values = values if signed else values**2
     codes, absmax = torch.empty(4096, dtype=torch.uint8), torch.empty(16)
-    pack(values, codes, absmax, ours)
+    pack(values, codes, absmax, signs=signed)
     packed, state = functional.quantize_blockwise(values, code=theirs, blocksize=BLOCK)
     torch.testing.assert_close(absmax, state.absmax, rtol=0, atol=0)
     scaled = values.view(-1, BLOCK) / absmax[:, None]
@@ -55,7 +55,7 @@ def test_what_is_above_zero_does_not_become_zero_in_the_second_moment():
     values = torch.zeros(300)
     values[:3] = torch.tensor([1.0, 1e-12, 0.0])
     codes, absmax = torch.empty(300, dtype=torch.uint8), torch.empty(2)
-    pack(values, codes, absmax, unsigned_map(CPU))
+    pack(values, codes, absmax, signs=False)
     found = unpack(codes, absmax, unsigned_map(CPU))
     assert found[0] == 1
     assert found[1] > 0

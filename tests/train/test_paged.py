@@ -136,6 +136,35 @@ def test_parameters_that_are_added_later_get_pages_of_their_own():
     assert len(optimizers[0].books) == 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@BOTH
+def test_on_a_gpu_the_bits_are_those_of_the_unpaged_and_two_pages_are_all_it_holds(name):
+    def made():
+        return {n: nn.Parameter(p.detach().cuda()) for n, p in parameters().items()}
+
+    def gradients(i):
+        generator = torch.Generator("cuda").manual_seed(i)
+        return {n: torch.randn(s, generator=generator, device="cuda") for n, s in SHAPES.items()}
+
+    ours, theirs = made(), made()
+    optimizers = [make_optimizer(h, config(p + name)) for h, p in ((ours, "paged_"), (theirs, ""))]
+    for i in range(20):
+        drawn = gradients(i)
+        for held, optimizer in zip((ours, theirs), optimizers, strict=True):
+            for n, parameter in held.items():
+                parameter.grad = drawn[n]
+            optimizer.step()
+    torch.testing.assert_close(dict(ours), dict(theirs), rtol=0, atol=0)
+    kept, expected = map(optimizer_tensors, optimizers, (ours, theirs))
+    for key, tensor in expected.items():
+        assert torch.equal(kept[key].cpu(), tensor.cpu())
+    (book,) = optimizers[0].books
+    assert all(tensor.is_pinned() for tensor in book.host.values())
+    on_device = sum(tensor.nbytes for slot in book.slots for tensor in slot.values())
+    assert on_device <= 2 * 4096 * 8
+
+
 def test_another_device_is_refused():
     weight = nn.Parameter(torch.empty(128, 128, device="meta"))
     weight.grad = torch.empty_like(weight)
