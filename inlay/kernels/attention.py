@@ -155,6 +155,7 @@ def _varlen_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
         q.device.type == "cuda"
         and torch.version.hip is None
+        and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.dtype == k.dtype == v.dtype

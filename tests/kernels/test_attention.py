@@ -176,6 +176,25 @@ def test_the_largest_window_is_none_and_other_dtypes_take_the_twin():
     )
 
 
+@pytest.mark.parametrize("settings", [{}, {"window": 13}, {"window": 1000}], ids=str)
+def test_torchs_own_is_told_the_same(settings, monkeypatch):
+    """What varlen_attn is called with means the rows and the window, as its pages define them."""
+
+    def varlen_attn(q, k, v, starts, key_starts, longest, longest_key, **told):
+        assert starts is key_starts
+        assert longest == longest_key == 90
+        assert told["enable_gqa"]
+        left, right = told["window_size"]
+        assert right == 0  # none after the query itself
+        window = None if left == -1 else left + 1  # `left` keys before it
+        return plain(q, k, v, starts.diff().tolist(), told["scale"], window)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr(module, "compiled", lambda *_: False)
+    monkeypatch.setattr(module, "_varlen_takes", lambda *_: True)
+    check(attention, [16, 1, 90], 4, 2, 32, torch.float32, **settings)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{}, {"window": 13}, {"cap": 3.0}], ids=str)
 def test_on_a_gpu_the_rows_are_those_of_plain_torch(settings):
