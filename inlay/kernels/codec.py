@@ -130,12 +130,13 @@ def dequantize(
     return out.view(packed.shape)
 
 
-def scales(packed: Packed) -> Tensor:
-    """Return the absmax [blocks] in float32, dequantized where they are quantized."""
+def scales(packed: Packed, part: slice = slice(None)) -> Tensor:
+    """Return the absmax [blocks] of a part in float32, dequantized where they are quantized."""
     if packed.nested is None:
-        return packed.absmax
-    spread = packed.nested.repeat_interleave(NESTED)[: len(packed.absmax)]
-    return dynamic_map(packed.absmax.device)[packed.absmax.int()] * spread + packed.offset
+        return packed.absmax[part]
+    absmax = packed.absmax
+    within = torch.arange(*part.indices(len(absmax)), device=absmax.device) // NESTED
+    return dynamic_map(absmax.device)[absmax[part].int()] * packed.nested[within] + packed.offset
 
 
 def divides(packed: Packed) -> bool:
@@ -150,7 +151,7 @@ def one(packed: Packed, i: int) -> Packed:
     many, size = n // packed.block, n if packed.kind == INT8 else n // 2
     blocks, codes = slice(i * many, (i + 1) * many), packed.codes[i * size : (i + 1) * size]
     if packed.nested is None or many % NESTED:  # of a nested block it would have a part
-        return Packed(codes, scales(packed)[blocks], packed.kind, packed.block, shape)
+        return Packed(codes, scales(packed, blocks), packed.kind, packed.block, shape)
     nested = packed.nested[i * many // NESTED : (i + 1) * many // NESTED]
     absmax = packed.absmax[blocks]
     return dataclasses.replace(packed, codes=codes, absmax=absmax, nested=nested, shape=shape)
