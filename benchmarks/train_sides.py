@@ -30,7 +30,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "bottleneck": ("BottleneckConfig", {}),
     "full": ("FullConfig", {}),
 }
-"""name -> the class of its settings, in PEFT and here, and the settings."""
+"""name -> the class of its settings, by the same name in PEFT, and the settings."""
 STANDS_IN = {"bottleneck": "lora"}
 """What PEFT does in place of a method that it has not; `full` needs no PEFT."""
 SEED, RATE = 42, 2e-4
@@ -156,6 +156,7 @@ def run_inlay(job: dict[str, Any], pace_of: Callable[[], Pace]) -> None:
     import inlay
     from inlay.data.example import Example
     from inlay.data.rows import Source
+    from inlay.methods.full import FullConfig
     from inlay.objectives.sft import Sft
     from inlay.train.events import Events
     from inlay.train.loop import fit
@@ -166,7 +167,8 @@ def run_inlay(job: dict[str, Any], pace_of: Callable[[], Pace]) -> None:
     base, tokenizer = inlay.load_base(job["base"], dtype=job["dtype"], device="cpu")
     name, settings = METHODS[job["method"]]
     torch.manual_seed(SEED)
-    model = inlay.get_peft_model(base, getattr(inlay, name)(task_type="CAUSAL_LM", **settings))
+    kind = FullConfig if job["method"] == "full" else getattr(inlay, name)
+    model = inlay.get_peft_model(base, kind(task_type="CAUSAL_LM", **settings))
     start = load_file(job["start"])
     # the file of p_tuning has the tokens, and not the encoder that trains
     if start and job["method"] not in ("p_tuning", *STANDS_IN):
