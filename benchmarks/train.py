@@ -29,6 +29,8 @@ from typing import Any
 from train_shapes import SHAPES, rows, useful_flop
 from train_sides import METHODS, SEED
 
+from inlay.cli._machine import processor
+
 HERE = Path(__file__).parent
 SIDES = ("inlay", "trl", "trl-free")
 
@@ -94,7 +96,7 @@ def measure(
         **{name: job[name] for name in ("shape", "method", "dtype", "checkpointing", "set")},
         "rows_a_step": options.batch * options.accumulate,
         "threads": options.threads,
-        "machine": processor(),
+        "machine": f"{processor()[0]}, {os.cpu_count()} cores",
         "versions": versions(),
         **figures(steps, job, options, facts),
     }
@@ -238,13 +240,6 @@ def keep(path: Path, cell: dict[str, Any]) -> None:
     from train_plot import plot
 
     plot([*cells, cell], path.with_suffix(".png"))
-
-
-def processor() -> str:
-    """Return the machine's name: its processor, as Linux has it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    named = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
-    return f"{named[0] if named else 'unknown'}, {len(named)} cores"
 
 
 def versions() -> dict[str, str]:
