@@ -43,8 +43,9 @@ def prepare_model_for_kbit_training(
         torch.cuda.empty_cache()
     if use_gradient_checkpointing and packing.count(model)[0]:
         given = dict(gradient_checkpointing_kwargs or {})
-        if given.setdefault("use_reentrant", False):
+        given.setdefault("use_reentrant", False)
+        checkpointing.enable(model, given)
+        if given["use_reentrant"]:
             # else a layer whose inputs need no gradient is not computed again, and gets none
             model.enable_input_require_grads()  # type: ignore[operator]
-        checkpointing.enable(model, given)
     return model

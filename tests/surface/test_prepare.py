@@ -11,6 +11,7 @@ import torch
 
 import inlay
 from inlay import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from inlay.bases.nf4 import PackedLinear
 from inlay.core.errors import UserError
 
 # PEFT asks models for what transformers has renamed, and torch for what it has too
@@ -103,6 +104,14 @@ def test_under_autocast_norms_in_float32_change_no_bit(packed):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         ours, theirs = stored(IDS).logits, cast(IDS).logits
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kwargs", [None, {"use_reentrant": True}])
+def test_a_packed_model_that_cannot_checkpoint_is_refused(kwargs):
+    model = torch.nn.Sequential(PackedLinear.of(torch.nn.Linear(64, 64)))
+    with pytest.raises(UserError, match="Sequential cannot checkpoint"):
+        prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=kwargs)
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 def test_what_has_adapters_is_refused(tiny_llama):
