@@ -129,8 +129,9 @@ class _Job:
             check_packable(base.config)  # before the rows are read
         self.loaded.redraw(config.train.seed)
         self.model = adapted(base, without_start(config))
-        asked = self.loaded.objective(config)
-        self.objective, padded = choose_packing(self.model, asked, config.train)
+        # what is measured outside of the training is not packed unless it was asked for
+        self.measured = self.loaded.objective(config)
+        self.objective, padded = choose_packing(self.model, self.measured, config.train)
         if padded is not None:
             report.notice(f"rows are padded, not packed: {padded}")
         vocabulary = base.get_input_embeddings().weight.shape[0]
@@ -145,7 +146,7 @@ class _Job:
         """Find the adapter's start in the rows, where it is one of these."""
         if needs_rows(self.config):
             train = self.config.train
-            rows = Rows(self.data.train, self.objective, self.tokenizer, self.precision, train)
+            rows = Rows(self.data.train, self.measured, self.tokenizer, self.precision, train)
             tell, place = self.report.notice, self.run.folder
             begin(self.model, self.config, rows, place, tell, resume=resume)
 
@@ -204,7 +205,7 @@ class _Job:
         """Return the loss on the held-out rows."""
         size = self.config.train.eval_batch_size or self.config.train.micro_batch_size
         return measure_loss(
-            self.model, self.tokenizer, self.objective, self.data.eval, size, self.precision
+            self.model, self.tokenizer, self.measured, self.data.eval, size, self.precision
         )
 
     def last_loss(self, outcome: Outcome) -> dict[str, Any]:

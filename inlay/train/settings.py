@@ -54,7 +54,8 @@ class TrainConfig:
 
     packing: bool | None = None
     """Join each micro-batch into one row without padding; changes the speed, not the result. Left
-    out = where `fast` and the model keeps the rows apart, which is tried; else rows are padded."""
+    out = where `fast`, and the model is seen to keep the rows apart, also in what its attention
+    costs; else rows are padded."""
 
     fast: bool = True
     """Compute by fused paths, the same up to rounding; false = by the plain ones alone."""

@@ -199,7 +199,7 @@ def test_a_run_goes_on_as_it_began_padded_or_packed(start, monkeypatch):
 def test_the_best_weights_are_measured_where_they_are_wanted(start):
     run, _ = start(train={"restore_best": True, "learning_rate": 0.05, "eval_steps": 1})
     evals = [e["loss"] for e in run.events() if e["event"] == "eval"]
-    assert run.evaluation["adapter"]["loss"] == pytest.approx(min(evals), abs=1e-6)
+    assert run.evaluation["adapter"]["loss"] == pytest.approx(min(evals), abs=1e-5)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

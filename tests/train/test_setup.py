@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from inlay import LoraConfig, get_peft_model
 from inlay.core.errors import UserError
+from inlay.objectives.classify import Classify
+from inlay.objectives.sft import Sft
+from inlay.train import setup
 from inlay.train.settings import TrainConfig
-from inlay.train.setup import require_isolation, trainable, training_mode
+from inlay.train.setup import choose_packing, require_isolation, trainable, training_mode
 from tests.data.tiny_models import build
 
 CHECKPOINTING = TrainConfig(gradient_checkpointing=True)
@@ -116,3 +121,51 @@ def test_packing_is_refused_where_a_model_takes_no_positions():
     model.embed = torch.nn.Embedding(9, 4)
     with pytest.raises(UserError, match="Unplaced takes no position_ids"):
         require_isolation(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_neox", "mixtral"])
+def test_rows_are_packed_where_nothing_is_said_and_the_model_keeps_them_apart(kind):
+    found, padded = choose_packing(build(kind, "eager"), Sft(), TrainConfig())
+    assert (found, padded) == (Sft(packing=True), None)
+
+
+def test_what_is_said_of_packing_is_done():
+    for given in (True, False):
+        asked = Sft(packing=given)
+        found = choose_packing(build("llama", "eager"), asked, TrainConfig(packing=given))
+        assert found == (asked, None)
+    assert choose_packing(build("llama", "eager"), Sft(), TrainConfig(fast=False)) == (Sft(), None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "told"),
+    [
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}, "packed rows see each other"),
+        ("mamba", {"state_size": 4}, "carry a state over packed rows"),
+    ],
+)
+def test_rows_are_padded_where_the_model_joins_them_and_why_is_told(kind, settings, told):
+    found, padded = choose_packing(build(kind, "eager", **settings), Sft(), TrainConfig())
+    assert found == Sft()
+    assert told in padded
+    assert "set packing" not in padded
+
+
+def test_rows_are_padded_where_attention_would_compare_all_of_them(monkeypatch):
+    monkeypatch.setattr(setup, "packed_attention", lambda model: nullcontext(False))
+    model = build("llama", "eager")
+    found, padded = choose_packing(model, Sft(), TrainConfig())
+    assert found == Sft()
+    assert "compare each token with those of all packed rows" in padded
+    model.config._attn_implementation = "flash_attention_2"
+    assert setup._varlen(model)
+
+
+def test_a_model_that_cannot_be_tried_trains_padded():
+    found, padded = choose_packing(torch.nn.Linear(1, 1), Sft(), TrainConfig())
+    assert found == Sft()
+    assert "trying it failed with AttributeError" in padded
+
+
+def test_what_has_one_result_for_a_row_is_as_it_was_without_a_word():
+    assert choose_packing(build("llama", "eager"), Classify(), TrainConfig()) == (Classify(), None)
