@@ -81,14 +81,41 @@ def machine() -> dict[str, Any]:
 
 
 def _kernels() -> list[str]:
-    """Return which of the package's C sources are in use here; compiles what has not been yet."""
+    """Return which kernels are in use here, in C and on a GPU; compiles what has not been yet."""
     from inlay.kernels.native import HERE, library
 
     names = sorted(path.stem for path in HERE.glob("*.c"))
     compiled = [name for name in names if library(name) is not None]
     plain = [name for name in names if name not in compiled]
     told = [f"compiled: {', '.join(compiled)}"] if compiled else []
-    return [*told, f"plain torch, for want of a compiler: {', '.join(plain)}"] if plain else told
+    if plain:
+        told.append(f"plain torch, for want of a compiler: {', '.join(plain)}")
+    return told + _kernels_on_the_gpu()
+
+
+def _kernels_on_the_gpu() -> list[str]:
+    """Return which of Triton's kernels a GPU uses in its usual dtype; tries those not tried yet."""
+    import torch
+
+    from inlay.kernels import elementwise, gpu, linear_cross_entropy
+
+    if not torch.cuda.is_available():
+        return []
+    device = torch.device("cuda", torch.cuda.current_device())
+    dtype = (
+        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    )
+    found = {
+        name: asked(device, dtype) is not None
+        for name, asked in (
+            ("nf4", gpu.triton_for),
+            ("elementwise", elementwise.triton_for),
+            ("cross_entropy", linear_cross_entropy.triton_for),
+        )
+    }
+    told = {by: ", ".join(name for name in found if found[name] is by) for by in (True, False)}
+    words = {True: "Triton", False: "plain torch"}
+    return [f"{words[by]} on {device}: {names}" for by, names in told.items() if names]
 
 
 def _run(folder: Path) -> dict[str, Any]:

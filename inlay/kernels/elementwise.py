@@ -1,8 +1,9 @@
 """What stands between a transformer's products, each in one pass: RMSNorm, a gate, rotation.
 
-On the CPU `elementwise.c` computes them, in float32 and bfloat16; elsewhere, and where nothing
-compiles, the eager twins below do. Weights are frozen: the gradients are those of the inputs.
-Sums and functions are computed in float32, and rounded once.
+On the CPU `elementwise.c` computes them, in float32 and bfloat16, and on a GPU
+`elementwise_triton.py`, in float16 too; elsewhere, and where these do not compile, the eager twins
+below do. Weights are frozen: the gradients are those of the inputs. Sums and functions are computed
+in float32, and rounded once.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inlay.kernels import gpu
 from inlay.kernels.native import library
 
 Gate = Literal["silu", "gelu"]
 """The function of a gate: x sigmoid(x), or GELU by tanh."""
 MODES = {"silu": 0, "gelu": 1}
+Call = Callable[..., None]
+"""What computes a pass, given its name, its tensors and its numbers."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -> Tensor:
@@ -29,17 +33,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -
     plus_one: times 1 + w, as in Gemma; else what is divided is rounded to the dtype before it is
     multiplied, as in Llama.
     """
-    if weight.requires_grad or not _compiled(x, weight):
+    call = None if weight.requires_grad else _call_for(x, weight)
+    if call is None:
         return _plain_norm(x, weight, eps, plus_one)
-    out: Tensor = _Norm.apply(x, weight, eps, plus_one)
+    out: Tensor = _Norm.apply(x, weight, eps, plus_one, call)
     return _remembered(out, lambda: rms_norm(x.detach(), weight, eps, plus_one=plus_one))
 
 
 def gated(gate: Tensor, up: Tensor, function: Gate) -> Tensor:
     """Return f(gate) * up, of two tensors of one shape."""
-    if not _compiled(gate, up):
+    call = _call_for(gate, up)
+    if call is None:
         return _plain_gate(gate, up, function)
-    out: Tensor = _Gate.apply(gate, up, function)
+    out: Tensor = _Gate.apply(gate, up, function, call)
     return _remembered(out, lambda: gated(gate.detach(), up.detach(), function))
 
 
@@ -49,14 +55,49 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotated: of each head's halves [x1, x2], [-x2, x1] (Su et al., arXiv:2104.09864, as GPT-NeoX
     lays it out).
     """
-    if not _compiled(x, cos, sin):
+    call = _call_for(x, cos, sin)
+    if call is None:
         return _plain_rotary(x, cos, sin)
-    return _Rotary.apply(x, cos, sin)
+    return _Rotary.apply(x, cos, sin, call)
 
 
 def available() -> bool:
     """Return whether this machine can compile them."""
     return _functions() is not None
+
+
+@cache
+def triton_for(device: torch.device, dtype: torch.dtype) -> Any:
+    """Return the kernels for this GPU and `dtype`, or None as `gpu.tried` does."""
+    return gpu.tried("elementwise_triton", "norms and gates are", wrong, device, dtype)
+
+
+def wrong(kernels: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return which pass `kernels` compute otherwise than plain torch does on the CPU, or None."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, grad = torch.randn(3, 5, 3, 72, generator=generator).to(dtype).unbind()
+    angles = torch.outer(torch.arange(5.0), torch.linspace(1, 0.1, 36)).repeat(1, 2)
+    weight, turn = x[0, 0].clone(), (angles.cos().to(dtype), angles.sin().to(dtype))
+    passes: list[tuple[Any, Callable[..., Tensor], list[Tensor], tuple[Any, ...]]] = [
+        *((_Norm, _plain_norm, [x], (weight, 1e-6, plus_one)) for plus_one in (False, True)),
+        *((_Gate, _plain_gate, [x, y], (function,)) for function in MODES),
+        (_Rotary, _plain_rotary, [x], turn),
+    ]
+    for node, plain, inputs, rest in passes:
+        there, wide = ([t.detach().to(to) for t in inputs] for to in (device, torch.float32))
+        given, known = (
+            [t.to(to) if isinstance(t, Tensor) else t for t in rest]
+            for to in (device, torch.float32)
+        )
+        for t in (*there, *wide):
+            t.requires_grad_()
+        found, wanted = node.apply(*there, *given, kernels.call), plain(*wide, *known)
+        back = torch.autograd.grad(found, there, grad.to(device))
+        meant = torch.autograd.grad(wanted, wide, grad.float())
+        for one, other in zip((found, *back), (wanted, *meant), strict=True):
+            if not gpu.close(one, other):
+                return f"another {node.__name__[1:].lower()}"
+    return None
 
 
 def _remembered(out: Tensor, make: Callable[[], Tensor]) -> Tensor:
@@ -86,10 +127,16 @@ def _plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + torch.cat([-two, one], -1) * sin[:, None]
 
 
-def _compiled(*tensors: Tensor) -> bool:
+def _call_for(*tensors: Tensor) -> Call | None:
+    """Return what computes passes of these tensors, or None where only plain torch does."""
     first = tensors[0]
-    known = first.device.type == "cpu" and first.dtype in (torch.float32, torch.bfloat16)
-    return known and all(t.dtype == first.dtype for t in tensors) and available()
+    if any((t.dtype, t.device) != (first.dtype, first.device) for t in tensors):
+        return None
+    if first.device.type == "cpu":
+        known = first.dtype in (torch.float32, torch.bfloat16)
+        return _call if known and available() else None
+    kernels = triton_for(first.device, first.dtype)
+    return None if kernels is None else cast(Call, kernels.call)
 
 
 @cache
@@ -112,19 +159,21 @@ def _functions() -> Any:
 
 
 def _call(name: str, tensors: tuple[Tensor, ...], *rest: float) -> None:
-    """Call a function of the library with the tensors' places, `rest`, their type and threads."""
+    """Call a function of the C library with the tensors' places, `rest`, their type and threads."""
     half = int(tensors[0].dtype == torch.bfloat16)
     places = [tensor.data_ptr() for tensor in tensors]
-    getattr(_functions(), name)(*places, *rest, half, torch.get_num_threads())
+    getattr(_functions(), f"inlay_{name}")(*places, *rest, half, torch.get_num_threads())
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, plus_one: bool, call: Call
+    ) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
-        n = x.shape[-1]
-        out, sums = torch.empty_like(x), torch.empty(x.numel() // n)
-        _call("inlay_norm", (x, weight, out, sums), len(sums), n, eps, int(plus_one))
+        n, ctx.call = x.shape[-1], call
+        out, sums = torch.empty_like(x), x.new_empty(x.numel() // n, dtype=torch.float32)
+        ctx.call("norm", (x, weight, out, sums), len(sums), n, eps, int(plus_one))
         ctx.save_for_backward(x, weight, sums)
         ctx.plus_one = plus_one
         return out
@@ -135,17 +184,17 @@ class _Norm(torch.autograd.Function):
         grad = grads[0].contiguous()
         out = torch.empty_like(x)
         tensors = grad, weight, x, out, sums
-        _call("inlay_norm_back", tensors, len(sums), x.shape[-1], int(ctx.plus_one))
-        return out, None, None, None
+        ctx.call("norm_back", tensors, len(sums), x.shape[-1], int(ctx.plus_one))
+        return out, None, None, None, None
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, function: Gate) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, function: Gate, call: Call) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
-        n = gate.shape[-1]
-        _call("inlay_gate", (gate, up, out), gate.numel() // n, n, MODES[function])
+        n, ctx.call = gate.shape[-1], call
+        ctx.call("gate", (gate, up, out), gate.numel() // n, n, MODES[function])
         ctx.save_for_backward(gate, up)
         ctx.function = function
         return out
@@ -156,25 +205,26 @@ class _Gate(torch.autograd.Function):
         one, two = torch.empty_like(gate), torch.empty_like(up)
         n = gate.shape[-1]
         tensors = gate, up, grads[0].contiguous(), one, two
-        _call("inlay_gate_back", tensors, gate.numel() // n, n, MODES[ctx.function])
-        return one, two, None
+        ctx.call("gate_back", tensors, gate.numel() // n, n, MODES[ctx.function])
+        return one, two, None, None
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, call: Call) -> Tensor:
         cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, back=False)
+        ctx.call = call
+        return _turned(call, x, cos, sin, back=False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         # exact where the halves of cos and of sin are the same, which positions make them
-        return _turned(grads[0], *ctx.saved_tensors, back=True), None, None
+        return _turned(ctx.call, grads[0], *ctx.saved_tensors, back=True), None, None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+def _turned(call: Call, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
-    _call("inlay_rotate", (x, cos, sin, out), *x.shape, int(back))
+    call("rotate", (x, cos, sin, out), *x.shape, int(back))
     return out

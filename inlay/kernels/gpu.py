@@ -1,15 +1,17 @@
-"""Packed weights on a GPU by Triton, where that is installed and a first try came out right.
+"""Triton's kernels on a GPU, where that is installed and a first try came out right.
 
-What Triton does not do here, each function leaves to plain torch: `dequantize` answers False, the
-products None.
+Packed weights are here. What Triton does not do with them, each function leaves to plain torch:
+`dequantize` answers False, the products None.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any, cast
@@ -24,7 +26,7 @@ from inlay.kernels.codec import Packed
 LEAST = {torch.bfloat16: (8, 0), torch.float16: (7, 5), torch.float32: (7, 5)}
 """The oldest compute capability that Triton is asked for on, by what it computes in."""
 CLOSE = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
-"""How far a product may be from the eager one, of its largest value."""
+"""How far a result may be from the eager one, of its largest value."""
 
 
 def dequantize(packed: Packed, out: Tensor) -> bool:
@@ -53,10 +55,22 @@ def product(x: Tensor, packed: Packed) -> Tensor | None:
 
 @cache
 def triton_for(device: torch.device, dtype: torch.dtype) -> Any:
-    """Return the kernels that compute in `dtype` on this device, or None where there are none.
+    """Return the kernels of packed layers in `dtype` on this device, or None as `tried` does."""
+    return tried("nf4_triton", "packed layers are", wrong, device, dtype)
 
+
+def tried(
+    name: str,
+    what: str,
+    wrong: Callable[[Any, torch.device, torch.dtype], str | None],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Any:
+    """Return the module `name` of Triton's kernels, or None where plain torch is to compute.
+
+    wrong: returns what its kernels compute otherwise than plain torch does, or None.
     None: for another kind of device or number, for a card that is too old, without Triton, where
-    `INLAY_NATIVE` is 0, and where a first try fails, which is told in a warning.
+    `INLAY_NATIVE` is 0, and where the first try fails, which is told in a warning.
     """
     if device.type != "cuda" or dtype not in LEAST or torch.version.hip is not None:
         return None
@@ -65,19 +79,25 @@ def triton_for(device: torch.device, dtype: torch.dtype) -> Any:
     if torch.cuda.get_device_capability(device) < LEAST[dtype]:
         return None
     try:
-        from inlay.kernels import nf4_triton
-
-        failed = wrong(nf4_triton, device, dtype)
+        kernels = importlib.import_module(f"inlay.kernels.{name}")
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+            failed = wrong(kernels, device, dtype)
     except Exception as error:  # no compiler, no headers of Python, a driver that is too old, ...
         failed = f"{type(error).__name__}: {error}".splitlines()[0]
     if failed is None:
-        return nf4_triton
+        return kernels
     warnings.warn(
-        f"packed layers are computed by plain torch on {device}, slower: Triton's kernels failed "
-        f"on a first try in {dtype} ({failed})",
-        stacklevel=3,
+        f"{what} computed by plain torch on {device}, slower: Triton's kernels failed on a first "
+        f"try in {dtype} ({failed})",
+        stacklevel=4,
     )
     return None
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    """Return whether `found` is `wanted` on the CPU, but for its own rounding."""
+    apart = (found.detach().cpu().float() - wanted.detach()).abs().max()
+    return bool(apart <= CLOSE[found.dtype] * wanted.detach().abs().max())
 
 
 def wrong(kernels: ModuleType | Any, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -102,7 +122,7 @@ def wrong(kernels: ModuleType | Any, device: torch.device, dtype: torch.dtype) -
             ("x W^T", kernels.linear(given[0], there, given[2]), through),
             ("dy W", kernels.product(given[1], there), back),
         ):
-            if (found.cpu().float() - wanted).abs().max() > CLOSE[dtype] * wanted.abs().max():
+            if not close(found, wanted):
                 return f"another {name} from {kind}"
     return None
 

@@ -14,13 +14,13 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from inlay.kernels import matmul
+from inlay.kernels import gpu, matmul
 from inlay.kernels.native import library
 from inlay.kernels.scratch import SCRATCH
 
@@ -192,8 +192,12 @@ def _log_softmax(z: Tensor, targets: Tensor, factors: Tensor | None, cap: float 
 
     With factors [n], z becomes factors times its gradient by what was capped.
     """
-    known = z.device.type == "cpu" and z.dtype in (torch.float32, torch.bfloat16)
-    function = _function() if known and z.is_contiguous() else None
+    if z.device.type != "cpu":
+        kernels = triton_for(z.device, z.dtype) if z.is_contiguous() else None
+        compute = _plain_log_softmax if kernels is None else kernels.log_softmax
+        return cast(Tensor, compute(z, targets, factors, cap))
+    known = z.dtype in (torch.float32, torch.bfloat16) and z.is_contiguous()
+    function = _function() if known else None
     if function is None:
         return _plain_log_softmax(z, targets, factors, cap)
     targets, found = targets.contiguous(), torch.empty(len(z), dtype=torch.float32)
@@ -204,6 +208,30 @@ def _log_softmax(z: Tensor, targets: Tensor, factors: Tensor | None, cap: float 
         *(int(given is not None), int(z.dtype == torch.bfloat16), torch.get_num_threads()),
     )
     return found
+
+
+@cache
+def triton_for(device: torch.device, dtype: torch.dtype) -> Any:
+    """Return the kernels for this GPU and `dtype`, or None as `gpu.tried` does."""
+    return gpu.tried("cross_entropy_triton", "losses are", wrong, device, dtype)
+
+
+def wrong(kernels: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return what `kernels` compute otherwise than plain torch does on the CPU, or None."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, kernels.PIECE + 5, generator=generator).to(dtype)
+    targets, factors = torch.tensor([0, 7, 100, kernels.PIECE + 4]), torch.linspace(-1, 2, 4)
+    for given in (None, factors):
+        for cap in (None, 5.0):
+            z, wide = logits.to(device, copy=True), logits.to(torch.float32, copy=True)
+            there = None if given is None else given.to(device)
+            found = kernels.log_softmax(z, targets.to(device), there, cap)
+            wanted = _plain_log_softmax(wide, targets, given, cap)
+            if not gpu.close(found, wanted):
+                return "another log-probability"
+            if not gpu.close(z, wide):
+                return "another gradient of the logits"
+    return None
 
 
 def _plain_log_softmax(
@@ -223,7 +251,8 @@ def _plain_log_softmax(
 
 
 def _check_targets(targets: Tensor, vocabulary: int) -> None:
-    # on an accelerator looking would make the host wait, and gather looks by itself
+    # on an accelerator looking would make the host wait: gather looks by itself, and Triton's
+    # kernel makes a loss that is not a number
     if targets.device.type == "cpu" and len(targets):
         least, most = (int(t) for t in targets.aminmax())
         if least < 0 or most >= vocabulary:

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from inlay.cli import _machine
+from inlay.cli import _machine, info
+from inlay.kernels import elementwise, gpu, linear_cross_entropy
 from tests.cli.conftest import SMALL
 
 SETTLED = (
@@ -124,3 +126,26 @@ def test_info_tells_the_processor_the_kernels_and_how_threads_wait():
     assert found["cores"].endswith(f"({_machine.cores()} threads)")
     assert found["processor"].startswith(_machine.processor()[0])
     assert any("nf4" in line for line in found["kernels"])
+
+
+def test_info_tells_which_kernels_a_gpu_uses(monkeypatch):
+    asked = []
+
+    def triton_for(device, dtype):
+        asked.append((str(device), dtype))
+        return object()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert info._kernels_on_the_gpu() == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    for module in (gpu, elementwise, linear_cross_entropy):
+        monkeypatch.setattr(module, "triton_for", triton_for)
+    assert info._kernels_on_the_gpu() == ["Triton on cuda:1: nf4, elementwise, cross_entropy"]
+    assert asked == [("cuda:1", torch.float16)] * 3
+    monkeypatch.setattr(elementwise, "triton_for", lambda device, dtype: None)
+    assert info._kernels_on_the_gpu() == [
+        "Triton on cuda:1: nf4, cross_entropy",
+        "plain torch on cuda:1: elementwise",
+    ]

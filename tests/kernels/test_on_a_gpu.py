@@ -1,4 +1,4 @@
-"""What a GPU computes of packed layers beside the CPU: `pytest -m gpu`, where there is one."""
+"""What a GPU computes by our kernels beside the CPU: `pytest -m gpu`, where there is one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import inlay
-from inlay.kernels import codec, gpu
+from inlay.kernels import codec, elementwise, gpu, linear_cross_entropy
 from inlay.kernels.codec import Packed
 
 DEVICE = torch.device("cuda")
@@ -27,15 +27,16 @@ def there(packed: Packed) -> Packed:
 
 
 @pytest.mark.parametrize("dtype", list(gpu.LEAST))
-def test_the_first_try_of_tritons_kernels_comes_out_right(dtype):
+@pytest.mark.parametrize("module", [gpu, elementwise, linear_cross_entropy])
+def test_the_first_try_of_tritons_kernels_comes_out_right(module, dtype):
     pytest.importorskip("triton")
     where = torch.empty(0, device=DEVICE).device
     if torch.cuda.get_device_capability(where) < gpu.LEAST[dtype]:
         pytest.skip("an older card")
-    gpu.triton_for.cache_clear()
+    module.triton_for.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert gpu.triton_for(where, dtype) is not None
+        assert module.triton_for(where, dtype) is not None
 
 
 @pytest.mark.parametrize("dtype", [*gpu.LEAST, torch.float64])
@@ -70,3 +71,23 @@ def test_a_base_is_packed_there_and_an_adapter_over_it_learns_what_it_does_here(
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert len(norms[0]) > 0
     assert norms[1] == pytest.approx(norms[0], rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", list(gpu.LEAST))
+def test_norms_gates_and_losses_of_real_sizes_are_the_cpus(dtype):
+    torch.manual_seed(0)
+    x, y, weight = (torch.randn(s).to(dtype) for s in ((300, 2048), (300, 2048), (2048,)))
+    head, targets = (0.02 * torch.randn(50_001, 2048)).to(dtype), torch.randint(0, 50_001, (300,))
+
+    def compute(x, y, weight, head, targets):
+        x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+        hidden = elementwise.rms_norm(elementwise.gated(x, y, "silu"), weight, 1e-6)
+        loss = linear_cross_entropy.linear_cross_entropy(hidden, head, targets, cap=30.0) / 300
+        return loss, *torch.autograd.grad(loss, (x, y))
+
+    given = x, y, weight, head, targets
+    wanted = compute(*(t.float() if t.is_floating_point() else t for t in given))
+    found = compute(*(t.to(DEVICE) for t in given))
+    for one, other in zip(found, wanted, strict=True):
+        apart = (one.cpu().float() - other).norm() / other.norm()
+        assert apart < (1e-3 if dtype == torch.float32 else 0.03)
