@@ -35,12 +35,6 @@ def prepare_model_for_kbit_training(
             "prepare_model_for_kbit_training freezes the whole model, adapters too: call it before "
             "get_peft_model"
         )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
-    if auto_clear_cache and torch.cuda.is_available():
-        torch.cuda.empty_cache()
     if use_gradient_checkpointing and packing.count(model)[0]:
         given = dict(gradient_checkpointing_kwargs or {})
         given.setdefault("use_reentrant", False)
@@ -48,4 +42,10 @@ def prepare_model_for_kbit_training(
         if given["use_reentrant"]:
             # else a layer whose inputs need no gradient is not computed again, and gets none
             model.enable_input_require_grads()  # type: ignore[operator]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    if auto_clear_cache and torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return model

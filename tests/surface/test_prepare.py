@@ -111,6 +111,7 @@ def test_a_packed_model_that_cannot_checkpoint_is_refused(kwargs):
     model = torch.nn.Sequential(PackedLinear.of(torch.nn.Linear(64, 64)))
     with pytest.raises(UserError, match="Sequential cannot checkpoint"):
         prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=kwargs)
+    assert model[0].bias.requires_grad  # and is left as it was
     prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
