@@ -55,7 +55,8 @@ def test_what_it_returns_may_be_written_into():
     packed, linear = made()
     meant = F.linear(torch.ones(2, 3, 64), view(packed).weight(), linear.bias)
     x = torch.ones(2, 3, 64, requires_grad=True)
-    torch.testing.assert_close(packed(x).mul_(2), meant * 2)  # as llama 4 does with a router's scores
+    # as llama 4 does with the scores of its router
+    torch.testing.assert_close(packed(x).mul_(2), meant * 2)
 
 
 def test_neither_the_input_nor_a_weight_is_kept_for_the_backward_pass():
