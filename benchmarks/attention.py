@@ -49,7 +49,7 @@ def main() -> None:
                 results.append(compare(shape, rows, dtype, options.rounds))
                 print(json.dumps(results[-1]), flush=True)
     if options.json:
-        machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+        machine = {"cpu": cpu(), "torch": torch.__version__}
         told = {"machine": machine, "threads": options.threads, "results": results}
         options.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
@@ -114,6 +114,15 @@ def both(compute: Callable[[], Tensor], given: list[Tensor], grad: Tensor) -> tu
     clock, busy = time.perf_counter(), time.process_time()
     compute().backward(grad)
     return time.perf_counter() - clock, time.process_time() - busy
+
+
+def cpu() -> str:
+    """Return the processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "?")
 
 
 if __name__ == "__main__":

@@ -43,8 +43,14 @@ INLINE vec all(float x) { return x - (vec){}; }
 INLINE vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 INLINE vec pick(ivec where, vec a, vec b) { return (vec)((where & (ivec)a) | (~where & (ivec)b)); }
-INLINE vec at_least(float low, vec x) { return pick(x < all(low), all(low), x); }  // NaN stays
-INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
+INLINE vec larger(vec a, vec b) {  // b where either is not a number
+#ifdef WIDE
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return pick(a > b, a, b);
+#endif
+}
+INLINE vec at_least(float low, vec x) { return larger(all(low), x); }
 
 INLINE vec fused(vec a, vec b, vec c) {  // a b + c, rounded once where the processor can
 #if defined(WIDE)
