@@ -71,8 +71,8 @@ class _Adapted(torch.autograd.Function):
         if kept is None:
             thin = (x @ _joined(a).T).split([len(m) for m in a], 1)
         else:
-            inputs = [_drop(x, *left) for left in zip(kept, rates, strict=True)]
-            thin = tuple(i @ m.T for i, m in zip(inputs, a, strict=True))
+            left = zip(kept, rates, a, strict=True)  # in turn: what each leaves is as large as x
+            thin = tuple(_drop(x, mask, rate) @ m.T for mask, rate, m in left)
         outs = [
             layer.forward_product(x).addmm_(low, up.T)
             for layer, low, up in zip(layers, thin, b, strict=True)
@@ -109,7 +109,8 @@ class _Adapted(torch.autograd.Function):
                 if trained:
                     down[i] = low[i].T @ _drop(x, *left)
                 if total is not None:
-                    total.add_(_drop(low[i] @ a[i], *left))
+                    back = low[i] @ a[i]
+                    total.add_(_drop(back, *left, out=back))
         else:
             joined = _joined(low, 1)
             if trained:
@@ -141,6 +142,8 @@ def _draw(x: Tensor, rate: float) -> Tensor | None:
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - rate) if rate else None
 
 
-def _drop(x: Tensor, kept: Tensor | None, rate: float) -> Tensor:
-    """Return x / (1 - rate) where it is kept, and 0 elsewhere."""
-    return x if kept is None else x.mul(kept).mul_(1 / (1 - rate) if rate < 1 else 0.0)
+def _drop(x: Tensor, kept: Tensor | None, rate: float, out: Tensor | None = None) -> Tensor:
+    """Return x / (1 - rate) where it is kept, and 0 elsewhere; in `out`, which may be x."""
+    if kept is None:
+        return x
+    return torch.mul(x, kept, out=out).mul_(1 / (1 - rate) if rate < 1 else 0.0)
