@@ -1,10 +1,11 @@
-"""Write a base with its linear layers in 4 or 8 bits.
+"""Write a base with its linear layers and experts in 4 or 8 bits.
 
     inlay quantize Qwen/Qwen3-0.6B qwen-nf4
     inlay train --base_model qwen-nf4 --data chats.jsonl
 
 The base is read tensor by tensor, so it need not fit into memory in 16 bits.
-The folder is one of transformers with bitsandbytes, and loads there too.
+The folder is one of transformers with bitsandbytes, and loads there too
+(a mixture's does not: its experts are packed here alone).
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ class RunConfig:
     """Where to train: cpu, cuda, cuda:1, mps; left out = the first GPU, else the CPU."""
 
     quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
-    """Pack the frozen linear layers as they are loaded (QLoRA): 4 bits, nf4 the closer, or int8."""
+    """Pack the frozen linears and experts as they are loaded (QLoRA): 4 bits, nf4 the closer, or
+    int8."""
 
     autocast_adapter_dtype: bool = True
     """Keep the adapter in float32 over a base in 16 bits; false = in the base's dtype, half the
