@@ -12,6 +12,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import ModuleType
 from typing import Any, cast
@@ -80,8 +81,10 @@ def tried(
         return None
     try:
         kernels = importlib.import_module(f"inlay.kernels.{name}")
-        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
-            failed = wrong(kernels, device, dtype)
+        # in a thread of its own, where the caller's modes (inference, autocast, the hooks by which
+        # checkpointing counts what is saved) do not reach
+        with ThreadPoolExecutor(1) as apart:
+            failed = apart.submit(wrong, kernels, device, dtype).result()
     except Exception as error:  # no compiler, no headers of Python, a driver that is too old, ...
         failed = f"{type(error).__name__}: {error}".splitlines()[0]
     if failed is None:

@@ -176,6 +176,20 @@ def test_a_first_try_tells_what_is_wrong(dtype):
     assert losses.wrong(spoiled, CPU, dtype) == "another log-probability"
 
 
+def test_a_first_try_is_out_of_reach_of_what_the_caller_is_in(monkeypatch):
+    def refuse(t):
+        raise RuntimeError("a checkpoint saw a tensor of the first try")
+
+    wrong = elementwise.wrong
+    monkeypatch.setattr(elementwise, "wrong", lambda kernels, _, dtype: wrong(kernels, CPU, dtype))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    elementwise.triton_for.cache_clear()
+    with torch.autograd.graph.saved_tensors_hooks(refuse, refuse), torch.inference_mode():
+        found = elementwise.triton_for(torch.device("cuda", 0), torch.float32)
+    elementwise.triton_for.cache_clear()
+    assert found is elementwise_triton
+
+
 def test_where_the_kernels_compute(monkeypatch):
     card = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
