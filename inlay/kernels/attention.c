@@ -100,24 +100,6 @@ INLINE void scores(int pairs, const Task *t, const Block *b, const unit *rows, c
     }
 }
 
-INLINE void store_pair(vec a, vec b, unit *out) {  // a in the lower halves
-#ifdef PAIRS
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
-    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
-    _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-#else
-    (void)a, (void)b, (void)out;
-#endif
-}
-
-INLINE void store_bf16(vec a, uint16_t *out) {
-#ifdef PAIRS
-    _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh((__m512)a));
-#else
-    (void)a, (void)out;
-#endif
-}
-
 // Scores of the keys [from, to) in column c -> what they weigh, beside the largest score so far;
 // the sum of weights, and in `kept` by what the earlier sums are to be multiplied.
 INLINE void weigh(int pairs, const Call *call, const Block *b, int64_t c, int64_t from, int64_t to,

@@ -93,6 +93,26 @@ INLINE vec tanhv(vec x) {
     return pick(s < all(0.0625f), near, far);
 }
 
+// Vectors as bfloat16, where pairs are multiplied: two as the lower and upper halves of units, or
+// one by itself.
+INLINE void store_pair(vec a, vec b, unit *out) {
+#ifdef PAIRS
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
+    _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+    (void)a, (void)b, (void)out;
+#endif
+}
+
+INLINE void store_bf16(vec a, uint16_t *out) {
+#ifdef PAIRS
+    _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh((__m512)a));
+#else
+    (void)a, (void)out;
+#endif
+}
+
 // --- products ----------------------------------------------------------------------------------
 
 INLINE vec multiply_add(int pairs, vec sum, unit a, vec b) {
