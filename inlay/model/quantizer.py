@@ -74,19 +74,10 @@ def registered() -> Any:
     In a function, because `import inlay` must not import transformers.
     """
     from transformers.core_model_loading import WeightConverter
-    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.auto import register_quantizer
     from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
 
     pack, take, note = _operations()
-
-    @register_quantization_config(NAME)
-    class Settings(QuantizationConfigMixin):
-        def __init__(self, packing: Packing) -> None:
-            self.quant_method, self.packing = NAME, packing
-
-        def get(self, key: str, default: Any = None) -> Any:
-            return getattr(self, key, default)
 
     @register_quantizer(NAME)
     class Quantizer(HfQuantizer):
@@ -98,14 +89,7 @@ def registered() -> Any:
                 _check_stacked(checkpoint_files)
             heads = sorted({name for names in HEADS.values() for name in names})
             skip = self.get_modules_to_not_convert(model, packing.skip, model._keep_in_fp32_modules)
-            skip = skip if packing.given else [*skip, *heads]
-            _replace(model, skip, packing)
-            self.stacks = _pack_experts(model, skip, packing)
-            if not any(isinstance(module, PackedTensor) for module in model.modules()):
-                raise UserError(
-                    f"{type(model).__name__} has no linear layers that can be packed "
-                    "(its weights are of other kinds of layer): leave quantize out"
-                )
+            self.stacks = _make_room(model, skip if packing.given else [*skip, *heads], packing)
 
         def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
             return packed_at(model, param_name) is not None
@@ -139,6 +123,23 @@ def registered() -> Any:
         @property
         def is_trainable(self) -> bool:
             return True
+
+    return _settings()
+
+
+@cache
+def _settings() -> Any:
+    """Return the class of settings that is registered under our name."""
+    from transformers.quantizers.auto import register_quantization_config
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    @register_quantization_config(NAME)
+    class Settings(QuantizationConfigMixin):
+        def __init__(self, packing: Packing) -> None:
+            self.quant_method, self.packing = NAME, packing
+
+        def get(self, key: str, default: Any = None) -> Any:
+            return getattr(self, key, default)
 
     return Settings
 
@@ -197,6 +198,18 @@ def _keys(name: str) -> list[str]:
         return [*PARTS]
     path, _, last = name.rpartition(".")
     return [f"{path}.{under(last, part)}$".replace(".", r"\.") for part in PARTS]
+
+
+def _make_room(model: Any, skip: list[str], packing: Packing) -> set[str]:
+    """Make room for codes in a model; return the ends of the names of its packed stacks."""
+    _replace(model, skip, packing)
+    stacks = _pack_experts(model, skip, packing)
+    if not any(isinstance(module, PackedTensor) for module in model.modules()):
+        raise UserError(
+            f"{type(model).__name__} has no linear layers that can be packed "
+            "(its weights are of other kinds of layer): leave quantize out"
+        )
+    return stacks
 
 
 def _replace(model: Any, skip: list[str], packing: Packing) -> None:
