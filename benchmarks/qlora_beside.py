@@ -242,11 +242,13 @@ def train(model: Any, length: int, *, fast: bool) -> None:
     objective = Pretrain()
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
-        if not fast:
-            loss: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
-            return loss
-        batch = Batch(ids, ids, None, None, ("random",))
-        return objective.loss(model, batch, objective.counts(batch))
+        # as `inlay train` and transformers' Trainer (bf16) compute over float32 adapters
+        with torch.autocast("cpu", torch.bfloat16):
+            if not fast:
+                loss: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+                return loss
+            batch = Batch(ids, ids, None, None, ("random",))
+            return objective.loss(model, batch, objective.counts(batch))
 
     with fast_paths_of(model, loss_of) if fast else nullcontext():
         for _ in sys.stdin:
