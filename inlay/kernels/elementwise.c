@@ -1,4 +1,4 @@
-// What stands between a transformer's products, each in one pass: RMSNorm, a gate, rotation.
+// What stands between a transformer's products, each in one pass: RMSNorm and a gate.
 //
 // Rows of n numbers in float32 or bfloat16; all sums in float32, rounded once to the type.
 // In every function `half` says that the numbers are bfloat16.
@@ -26,7 +26,7 @@ typedef struct {
     const void *a, *b, *c;  // read
     void *out, *out2;       // written
     float *sums;            // a number for each row
-    int64_t n, heads;
+    int64_t n;
     float eps;
     int half, mode;
 } Work;
@@ -124,26 +124,6 @@ MADE gate_back(const Work *w, int64_t first, int64_t last, const int half, const
 }
 PARTS(gate_back)
 
-// --- rotary positions: [x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin] of each head of n numbers ---
-
-// a [tokens, heads, n], b = cos and c = sin [tokens, n]; mode turns the other way
-MADE rotate(const Work *w, int64_t first, int64_t last, const int half, const int mode) {
-    const void *a = w->a, *b = w->b, *c = w->c;
-    void *out = w->out;
-    const int64_t n = w->n, m = n / 2;
-    const float sign = mode ? -1.0f : 1.0f;
-    for (int64_t r = first; r < last; r++) {
-        const int64_t x = r * n, t = r / w->heads * n;
-        EACH for (int64_t i = 0; i < m; i++)
-            STORE(out, x + i,
-                  LOAD(a, x + i) * LOAD(b, t + i) - sign * LOAD(a, x + m + i) * LOAD(c, t + i));
-        EACH for (int64_t i = m; i < n; i++)
-            STORE(out, x + i,
-                  LOAD(a, x + i) * LOAD(b, t + i) + sign * LOAD(a, x - m + i) * LOAD(c, t + i));
-    }
-}
-PARTS(rotate)
-
 void inlay_norm(const void *x, const void *weight, void *out, float *rstd, int64_t rows, int64_t n,
                 float eps, int mode, int half, int threads) {
     Work w = {.a = x, .b = weight, .out = out, .sums = rstd, .n = n, .eps = eps,
@@ -168,11 +148,4 @@ void inlay_gate_back(const void *e, const void *g, const void *grad, void *de, v
                      int64_t rows, int64_t n, int mode, int half, int threads) {
     Work w = {.a = e, .b = g, .c = grad, .out = de, .out2 = dg, .n = n, .half = half, .mode = mode};
     spread(gate_back_parts, &w, rows, n * 4, threads);
-}
-
-void inlay_rotate(const void *x, const void *cosine, const void *sine, void *out, int64_t tokens,
-                  int64_t heads, int64_t n, int mode, int half, int threads) {
-    Work w = {.a = x, .b = cosine, .c = sine, .out = out, .n = n, .heads = heads,
-              .half = half, .mode = mode};
-    spread(rotate_parts, &w, tokens * heads, n, threads);
 }

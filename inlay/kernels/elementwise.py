@@ -1,4 +1,4 @@
-"""What stands between a transformer's products, each in one pass: RMSNorm, a gate, rotation.
+"""What stands between a transformer's products, each in one pass: RMSNorm and a gate.
 
 On the CPU `elementwise.c` computes them, in float32 and bfloat16, and on a GPU
 `elementwise_triton.py`, in float16 too; elsewhere, and where these do not compile, the eager twins
@@ -49,18 +49,6 @@ def gated(gate: Tensor, up: Tensor, function: Gate) -> Tensor:
     return _remembered(out, lambda: gated(gate.detach(), up.detach(), function))
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x cos + rotated(x) sin of x [T, heads, n]; cos, sin [T, n].
-
-    rotated: of each head's halves [x1, x2], [-x2, x1] (Su et al., arXiv:2104.09864, as GPT-NeoX
-    lays it out).
-    """
-    call = _call_for(x, cos, sin)
-    if call is None:
-        return _plain_rotary(x, cos, sin)
-    return _Rotary.apply(x, cos, sin, call)
-
-
 def available() -> bool:
     """Return whether this machine can compile them."""
     return _functions() is not None
@@ -76,12 +64,10 @@ def wrong(kernels: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return which pass `kernels` compute otherwise than plain torch does on the CPU, or None."""
     generator = torch.Generator().manual_seed(0)
     x, y, grad = torch.randn(3, 5, 3, 72, generator=generator).to(dtype).unbind()
-    angles = torch.outer(torch.arange(5.0), torch.linspace(1, 0.1, 36)).repeat(1, 2)
-    weight, turn = x[0, 0].clone(), (angles.cos().to(dtype), angles.sin().to(dtype))
+    weight = x[0, 0].clone()
     passes: list[tuple[Any, Callable[..., Tensor], list[Tensor], tuple[Any, ...]]] = [
         *((_Norm, _plain_norm, [x], (weight, 1e-6, plus_one)) for plus_one in (False, True)),
         *((_Gate, _plain_gate, [x, y], (function,)) for function in MODES),
-        (_Rotary, _plain_rotary, [x], turn),
     ]
     for node, plain, inputs, rest in passes:
         there, wide = ([t.detach().to(to) for t in inputs] for to in (device, torch.float32))
@@ -122,11 +108,6 @@ def _plain_gate(gate: Tensor, up: Tensor, function: Gate) -> Tensor:
     return (F.silu(gate) if function == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
-def _plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    one, two = x.chunk(2, -1)
-    return x * cos[:, None] + torch.cat([-two, one], -1) * sin[:, None]
-
-
 def _call_for(*tensors: Tensor) -> Call | None:
     """Return what computes passes of these tensors, or None where only plain torch does."""
     first = tensors[0]
@@ -151,7 +132,6 @@ def _functions() -> Any:
         "inlay_norm_back": [*[pointer] * 5, *sizes, *ends],
         "inlay_gate": [*[pointer] * 3, *sizes, *ends],
         "inlay_gate_back": [*[pointer] * 5, *sizes, *ends],
-        "inlay_rotate": [*[pointer] * 4, whole, *sizes, *ends],
     }.items():
         function = getattr(found, name)
         function.argtypes, function.restype = given, None
@@ -207,24 +187,3 @@ class _Gate(torch.autograd.Function):
         tensors = gate, up, grads[0].contiguous(), one, two
         ctx.call("gate_back", tensors, gate.numel() // n, n, MODES[ctx.function])
         return one, two, None, None
-
-
-class _Rotary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, call: Call) -> Tensor:
-        cos, sin = cos.contiguous(), sin.contiguous()
-        ctx.save_for_backward(cos, sin)
-        ctx.call = call
-        return _turned(call, x, cos, sin, back=False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        # exact where the halves of cos and of sin are the same, which positions make them
-        return _turned(ctx.call, grads[0], *ctx.saved_tensors, back=True), None, None, None
-
-
-def _turned(call: Call, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    call("rotate", (x, cos, sin, out), *x.shape, int(back))
-    return out

@@ -50,19 +50,11 @@ def _gate_back(
     _gates_back[grid](gate, up, grad, one, two, rows * n, GELU=bool(mode), PIECE=PIECE)
 
 
-def _rotate(
-    x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, tokens: int, heads: int, n: int, mode: int
-) -> None:
-    grid, tile = _rows_of(tokens * heads, n // 2)
-    _rotations[grid](x, cos, sin, out, tokens * heads, heads, n // 2, BACK=bool(mode), **tile)
-
-
 _PASSES: dict[str, Any] = {
     "norm": _norm,
     "norm_back": _norm_back,
     "gate": _gate,
     "gate_back": _gate_back,
-    "rotate": _rotate,
 }
 
 
@@ -157,23 +149,3 @@ def _gates_back(gate, up, grad, one, two, n, GELU: tl.constexpr, PIECE: tl.const
     by_gate = g * tl.load(up + at, mask=at < n, other=0.0).to(tl.float32) * slope
     tl.store(one + at, by_gate.to(one.dtype.element_ty), mask=at < n)
     tl.store(two + at, (g * value).to(two.dtype.element_ty), mask=at < n)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _rotations(
-    x, cos, sin, out, rows, heads, n,
-    BACK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Write the halves [x1 cos - x2 sin, x2 cos + x1 sin] of n numbers each; BACK: - sin."""
-    row, column, _, real = _places(rows, n, ROWS, WIDTH)
-    at = row[:, None] * (2 * n) + column[None, :]
-    place = (row // heads)[:, None] * (2 * n) + column[None, :]
-    one = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
-    two = tl.load(x + at + n, mask=real, other=0.0).to(tl.float32)
-    for half in tl.static_range(2):
-        c = tl.load(cos + place + half * n, mask=real, other=0.0).to(tl.float32)
-        s = tl.load(sin + place + half * n, mask=real, other=0.0).to(tl.float32)
-        if BACK:
-            s = -s
-        made = one * c - two * s if half == 0 else two * c + one * s
-        tl.store(out + at + half * n, made.to(out.dtype.element_ty), mask=real)

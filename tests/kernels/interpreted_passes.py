@@ -1,4 +1,4 @@
-"""Triton's norms, gates, rotations and losses in its interpreter, beside their eager twins.
+"""Triton's norms, gates and losses in its interpreter, beside their eager twins.
 
 `TRITON_INTERPRET=1 pytest tests/kernels/interpreted_passes.py`, which test_triton.py does.
 """
@@ -28,15 +28,9 @@ def by_triton(monkeypatch):
     monkeypatch.setattr(elementwise, "_call_for", lambda *tensors: elementwise_triton.call)
 
 
-def turns(tokens, n, dtype):
-    angles = torch.outer(torch.arange(float(tokens)), torch.linspace(1, 0.01, n // 2)).repeat(1, 2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
 def forms(shape, dtype):
     """Return name -> the pass, its twin, how many inputs it takes and what stays as it is."""
     weight = torch.randn(shape[-1]).to(dtype)
-    cos_sin = turns(shape[0], shape[-1], dtype)
     found = {
         f"norm {plus_one}": (
             lambda x, w, one=plus_one: elementwise.rms_norm(x, w, 1e-6, plus_one=one),
@@ -53,7 +47,6 @@ def forms(shape, dtype):
             2,
             (),
         )
-    found["rotary"] = (elementwise.rotary, elementwise._plain_rotary, 1, cos_sin)
     return found
 
 
@@ -94,12 +87,9 @@ def test_extreme_and_missing_numbers_go_as_in_plain_torch():
 
 
 def test_inputs_of_any_strides():
-    x, cos_sin = torch.randn(6, 4, 10).transpose(0, 1), turns(4, 10, torch.float32)
-    for found, wanted in (
-        (elementwise.gated(x, x.clone(), "silu"), elementwise._plain_gate(x, x, "silu")),
-        (elementwise.rotary(x, *cos_sin), elementwise._plain_rotary(x, *cos_sin)),
-    ):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    x = torch.randn(6, 4, 10).transpose(0, 1)
+    found, wanted = elementwise.gated(x, x.clone(), "silu"), elementwise._plain_gate(x, x, "silu")
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -161,8 +151,8 @@ def test_a_first_try_tells_what_is_wrong(dtype):
 
         return SimpleNamespace(call=call)
 
-    for name in ("norm", "norm_back", "gate", "gate_back", "rotate"):
-        told = f"another {'rotary' if name == 'rotate' else name.partition('_')[0]}"
+    for name in ("norm", "norm_back", "gate", "gate_back"):
+        told = f"another {name.partition('_')[0]}"
         assert elementwise.wrong(off(name), CPU, dtype) == told
 
     def log_softmax(z, *rest):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from inlay.kernels import elementwise
-from inlay.kernels.elementwise import gated, rms_norm, rotary
+from inlay.kernels.elementwise import gated, rms_norm
 
 pytestmark = pytest.mark.skipif(not elementwise.available(), reason="no compiler here")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -80,22 +80,6 @@ def test_what_is_not_a_number_stays_none() -> None:
         found = rms_norm(x.to(dtype), torch.ones(3, dtype=dtype), 1e-6)
         assert found.isnan().all(1).tolist() == [True, False]
         assert gated(x.to(dtype), x.to(dtype), "silu").isnan().sum() == 1
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 2), (5, 3, 8), (200, 9, 64)])
-def test_rotary(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    angles = torch.outer(torch.arange(shape[0]), torch.linspace(1, 0.01, shape[2] // 2)).repeat(
-        1, 2
-    )
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    results = both(
-        lambda x: rotary(x, cos, sin),
-        lambda x: elementwise._plain_rotary(x, cos.to(x.dtype), sin.to(x.dtype)),
-        torch.randn(shape).to(dtype),
-    )
-    for made, wanted in results:
-        torch.testing.assert_close(made.double(), wanted, **close(dtype))
 
 
 def test_inputs_of_any_strides() -> None:

@@ -38,12 +38,10 @@ KERNELS = {
     "gelu": (elementwise_triton._gates, PIECE | {"GELU": True}),
     "silu back": (elementwise_triton._gates_back, PIECE | {"GELU": False}),
     "gelu back": (elementwise_triton._gates_back, PIECE | {"GELU": True}),
-    "rotary": (elementwise_triton._rotations, ROWS | {"BACK": False}),
-    "rotary back": (elementwise_triton._rotations, ROWS | {"BACK": True}),
     "softmax": (cross_entropy_triton._log_softmaxes, CHUNK | {"CAPPED": False, "factors": None}),
     "softmax's slope": (cross_entropy_triton._log_softmaxes, CHUNK | {"CAPPED": True}),
 }
-OF_DTYPE = ("x", "grad", "bias", "out", "weight", "gate", "up", "one", "two", "cos", "sin", "z")
+OF_DTYPE = ("x", "grad", "bias", "out", "weight", "gate", "up", "one", "two", "z")
 SINGLE = ("nested", "levels", "table", "sums", "factors", "found")
 
 
