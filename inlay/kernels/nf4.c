@@ -3,11 +3,10 @@
 // map[code8[b]] * nested[b / nested_block] + offset.
 //
 // Compiled without contraction into fused multiply-adds, so that each product and sum is rounded as
-// the eager twin's is.  Blocks are shared out to threads in contiguous runs.
+// the eager twin's is.  Blocks are shared out to threads.
 
-#include <pthread.h>
-#include <stdint.h>
-#include <string.h>
+#include "numbers.h"
+#include "pool.h"
 
 #if defined(__AVX512BW__) && defined(__AVX512F__)
 #include <immintrin.h>
@@ -22,17 +21,10 @@ typedef struct {
     const float *nested;         // [blocks / nested_block]
     const float *table;          // [16]
     void *out;                   // [n]
-    int64_t n, block, nested_block, first, last;
+    int64_t n, block, nested_block;
     float offset;
     int kind;                    // 0: float32, 1: bfloat16, 2: float16
 } Work;
-
-static inline uint16_t to_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0u;  // not a number stays one
-    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);  // to nearest, ties to even
-}
 
 static inline uint16_t to_fp16(float value) {
 #if defined(__F16C__)
@@ -83,9 +75,9 @@ static void floats(const uint8_t *codes, const float *table, float *out, int64_t
     for (; i < count; i++) out[i] = table[i & 1 ? codes[i / 2] & 15 : codes[i / 2] >> 4];
 }
 
-static void *run(void *given) {
+static void blocks_of(const void *given, int64_t first, int64_t last) {
     const Work *w = given;
-    for (int64_t b = w->first; b < w->last; b++) {
+    for (int64_t b = first; b < last; b++) {
         const int64_t at = b * w->block;
         const int64_t count = at + w->block <= w->n ? w->block : w->n - at;
         const float scale = scale_of(w, b);
@@ -95,31 +87,18 @@ static void *run(void *given) {
             floats(w->codes + at / 2, scaled, (float *)w->out + at, count);
             continue;
         }
-        uint16_t narrow[16];
-        for (int k = 0; k < 16; k++) narrow[k] = w->kind == 1 ? to_bf16(scaled[k]) : to_fp16(scaled[k]);
-        halves(w->codes + at / 2, narrow, (uint16_t *)w->out + at, count);
+        uint16_t rounded[16];
+        for (int k = 0; k < 16; k++)
+            rounded[k] = w->kind == 1 ? narrow(scaled[k]) : to_fp16(scaled[k]);
+        halves(w->codes + at / 2, rounded, (uint16_t *)w->out + at, count);
     }
-    return 0;
 }
 
 void inlay_dequantize_4bit(const uint8_t *codes, const uint8_t *absmax8, const float *absmax,
                            const float *map, const float *nested, const float *table, void *out,
                            int64_t n, int64_t block, int64_t nested_block, float offset, int kind,
                            int threads) {
-    const int64_t blocks = (n + block - 1) / block;
-    if (threads > 64) threads = 64;
-    if (threads > blocks / 1024) threads = (int)(blocks / 1024);  // a thread costs some 10 us
-    if (threads < 1) threads = 1;
-    Work work[64];
-    pthread_t thread[64];
-    int started[64];
-    for (int t = 0; t < threads; t++) {
-        work[t] = (Work){codes, absmax8, absmax, map, nested, table, out, n, block, nested_block,
-                         blocks * t / threads, blocks * (t + 1) / threads, offset, kind};
-        started[t] = t > 0 && pthread_create(&thread[t], 0, run, &work[t]) == 0;
-    }
-    for (int t = 0; t < threads; t++)
-        if (!started[t]) run(&work[t]);
-    for (int t = 1; t < threads; t++)
-        if (started[t]) pthread_join(thread[t], 0);
+    const Work work = {codes, absmax8, absmax, map, nested, table, out, n, block, nested_block,
+                       offset, kind};
+    share_out(blocks_of, &work, (n + block - 1) / block, 65536 / block, threads);
 }
