@@ -234,7 +234,16 @@ def show(cell: dict[str, Any]) -> None:
 def keep(path: Path, cell: dict[str, Any]) -> None:
     """Put `cell` in the file, in place of an older one of the same combination."""
     cells = json.loads(path.read_text("utf-8")) if path.is_file() else []
-    names = ("shape", "method", "dtype", "checkpointing", "set", "machine", "threads")
+    names = (
+        "shape",
+        "method",
+        "dtype",
+        "checkpointing",
+        "set",
+        "rows_a_step",
+        "threads",
+        "machine",
+    )
     cells = [old for old in cells if any(old[n] != cell[n] for n in names)]
     path.write_text(json.dumps([*cells, cell], indent=1) + "\n", encoding="utf-8")
     from train_plot import plot
