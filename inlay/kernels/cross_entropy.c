@@ -39,12 +39,13 @@ MADE row(const Work *w, int64_t r, const int half, const int gradient) {
     const float given = LOAD(z, target), log_sum = most + (float)log(sum);
     w->out[r] = given - log_sum;
     if (!gradient) return;
-    const float factor = w->factors[r], inverse = w->cap > 0 ? 1.0f / w->cap : 0.0f;
+    const float factor = w->factors[r], inverse = 1.0f / w->cap;
+    const int capped = w->cap > 0;  // asked for each number: a logit of -inf times 0 is none
     EACH for (int64_t i = 0; i < n; i++) {
-        const float x = LOAD(z, i), t = x * inverse;
+        const float x = LOAD(z, i), t = capped ? x * inverse : 0.0f;
         STORE(z, i, -factor * expo(x - log_sum) * (1.0f - t * t));
     }
-    const float t = given * inverse;
+    const float t = capped ? given * inverse : 0.0f;
     STORE(z, target, factor * (1.0f - expo(given - log_sum)) * (1.0f - t * t));
 }
 

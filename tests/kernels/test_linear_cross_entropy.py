@@ -174,6 +174,25 @@ def test_extreme_logits() -> None:
     torch.testing.assert_close(linear_log_probs(hidden, weight, at).double(), wanted, **near)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight")])
+def test_tokens_that_a_bias_rules_out_get_no_gradient(
+    trained: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    bias = torch.full((V,), -torch.inf)
+    bias[targets()] = 0.0
+    given = inputs(dtype) | {"bias": bias.to(dtype)}
+    given = {name: t.requires_grad_(name in trained) for name, t in given.items()}
+    found, wanted = linear_log_probs(targets=targets(), **given), plain(given)
+    made, slopes = (
+        torch.autograd.grad(out.sum(), [given[name] for name in trained]) for out in (found, wanted)
+    )
+    far = near if dtype == torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
+    torch.testing.assert_close(found.double(), wanted, **far)
+    for one, other in zip(made, slopes, strict=True):
+        torch.testing.assert_close(one, other, rtol=10 * far["rtol"], atol=10 * far["atol"])
+
+
 @pytest.mark.parametrize("target", [-100, V])
 def test_a_target_outside_the_vocabulary_is_refused(target: int) -> None:
     at = targets()
