@@ -89,7 +89,7 @@ def _kernels() -> list[str]:
     plain = [name for name in names if name not in compiled]
     told = [f"compiled: {', '.join(compiled)}"] if compiled else []
     if plain:
-        told.append(f"plain torch, for want of a compiler: {', '.join(plain)}")
+        told.append(f"plain torch, no compiler or not for this processor: {', '.join(plain)}")
     return told + _kernels_on_the_gpu()
 
 

@@ -29,15 +29,19 @@ SECONDS = 60
 
 @cache
 def library(name: str) -> ctypes.CDLL | None:
-    """Return the compiled `name`.c, or None where it cannot be compiled or `INLAY_NATIVE` is 0."""
+    """Return the compiled `name`.c, or None where it cannot be compiled or `INLAY_NATIVE` is 0.
+
+    None too where a source that is not for this processor defines `inlay_unfit` and nothing else.
+    """
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if compiler is None or os.name != "posix" or os.environ.get("INLAY_NATIVE") == "0":
         return None
     try:
         path = _compiled(HERE / f"{name}.c", compiler)
-        return ctypes.CDLL(str(path))
+        found = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError):
         return None
+    return None if hasattr(found, "inlay_unfit") else found
 
 
 def _compiled(source: Path, compiler: str) -> Path:

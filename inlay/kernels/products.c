@@ -295,7 +295,7 @@ static void by_inputs(const void *given, int64_t begin, int64_t past) {
     give_back(t, mine);
 }
 
-// Bytes that a product of x [rows, width] works in; 0 where it cannot be done here
+// Bytes that a product of x [rows, width] works in
 int64_t inlay_product_room(int64_t rows, int64_t width, int threads) {
     const int64_t most = least(rows, CHUNK);
     return 2 * (packed_size(most, width) + least(threads, MOST_THREADS) * panel_size(most));
@@ -325,7 +325,5 @@ void inlay_product(const uint8_t *codes, const uint8_t *absmax8, const float *ab
     }
 }
 #else
-int64_t inlay_product_room(int64_t rows, int64_t width, int threads) {
-    return 0;
-}
+const int inlay_unfit = 1;
 #endif

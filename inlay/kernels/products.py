@@ -59,8 +59,7 @@ def known(x: Tensor, packed: Packed) -> bool:
 
 def available() -> bool:
     """Return whether `products.c` was compiled, and for a CPU whose instructions it takes."""
-    found = _functions()
-    return found is not None and found.inlay_product_room(1, 1, 1) > 0
+    return _functions() is not None
 
 
 @cache
@@ -71,10 +70,9 @@ def _functions() -> Any:
     whole, pointer, small = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     found.inlay_product_room.argtypes = [whole, whole, small]
     found.inlay_product_room.restype = whole
-    if found.inlay_product_room(1, 1, 1) > 0:
-        weight = [pointer] * 6 + [whole] * 2 + [small] * 2 + [ctypes.c_float]
-        found.inlay_product.argtypes = weight + [pointer] * 3 + [whole, small, pointer, small]
-        found.inlay_product.restype = None
+    weight = [pointer] * 6 + [whole] * 2 + [small] * 2 + [ctypes.c_float]
+    found.inlay_product.argtypes = weight + [pointer] * 3 + [whole, small, pointer, small]
+    found.inlay_product.restype = None
     return found
 
 

@@ -72,6 +72,19 @@ def test_a_compiled_library_is_kept_for_the_user_alone(tmp_path: Path, monkeypat
         native.library.cache_clear()
 
 
+@needs_compiler
+def test_what_is_not_for_this_processor_is_not_there(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(native, "HERE", tmp_path)
+    (tmp_path / "fits.c").write_text("int inlay_sum(int a, int b) { return a + b; }\n")
+    (tmp_path / "unfit.c").write_text("const int inlay_unfit = 1;\n")
+    native.library.cache_clear()
+    try:
+        assert native.library("fits").inlay_sum(2, 3) == 5
+        assert native.library("unfit") is None
+    finally:
+        native.library.cache_clear()
+
+
 def test_without_a_compiler_there_is_none_and_no_error(monkeypatch):
     monkeypatch.setenv("INLAY_NATIVE", "0")
     native.library.cache_clear()

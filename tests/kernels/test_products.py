@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from inlay.kernels import codec, products
+from inlay.kernels import codec, native, products
 from inlay.kernels.codec import Packed
 from inlay.kernels.scratch import SCRATCH
 
@@ -73,13 +75,22 @@ def test_what_is_multiplied_is_to_the_bit_what_would_be_merged(
 
 @needs_instructions
 def test_without_the_instructions_the_products_are_the_same(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, x, bias, grad = drawn(70, 256, 40)
     packed = codec.quantize(weight)
     fast = products.linear(x, packed, bias), products.product(grad, packed)
-    monkeypatch.setattr(products, "_functions", lambda: None)
-    plain = products.linear(x, packed, bias), products.product(grad, packed)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-mno-avx512bf16"))
+    native.library.cache_clear()
+    products._functions.cache_clear()
+    try:
+        assert not products.available()
+        plain = products.linear(x, packed, bias), products.product(grad, packed)
+        assert list(tmp_path.glob("inlay/kernels/products-*.so"))  # compiled, and unfit
+    finally:
+        native.library.cache_clear()
+        products._functions.cache_clear()
     # each is rounded from sums that differ in their last bits
     torch.testing.assert_close(fast, plain, rtol=2**-7, atol=1e-3)
 
