@@ -41,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -
 
 
 def gated(gate: Tensor, up: Tensor, function: Gate) -> Tensor:
-    """Return f(gate) * up, of two tensors of one shape."""
+    """Return f(gate) * up, of two tensors of one shape; halves of one tensor are not copied."""
     call = _call_for(gate, up)
     if call is None:
         return _plain_gate(gate, up, function)
@@ -130,8 +130,8 @@ def _functions() -> Any:
     for name, given in {
         "inlay_norm": [*[pointer] * 4, *sizes, ctypes.c_float, *ends],
         "inlay_norm_back": [*[pointer] * 5, *sizes, *ends],
-        "inlay_gate": [*[pointer] * 3, *sizes, *ends],
-        "inlay_gate_back": [*[pointer] * 5, *sizes, *ends],
+        "inlay_gate": [*[pointer] * 3, *sizes, *sizes, *ends],
+        "inlay_gate_back": [*[pointer] * 5, *sizes, *sizes, *ends],
     }.items():
         function = getattr(found, name)
         function.argtypes, function.restype = given, None
@@ -171,19 +171,24 @@ class _Norm(torch.autograd.Function):
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, function: Gate, call: Call) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        out = torch.empty_like(gate)
-        n, ctx.call = gate.shape[-1], call
-        ctx.call("gate", (gate, up, out), gate.numel() // n, n, MODES[function])
-        ctx.save_for_backward(gate, up)
-        ctx.function = function
+        rows = _rows(gate), _rows(up)
+        out = gate.new_empty(gate.shape)
+        steps = (t.stride(0) for t in rows)
+        call("gate", (*rows, out), *rows[0].shape, *steps, MODES[function])
+        ctx.save_for_backward(*rows)
+        ctx.call, ctx.function = call, function
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        gate, up = ctx.saved_tensors
-        one, two = torch.empty_like(gate), torch.empty_like(up)
-        n = gate.shape[-1]
-        tensors = gate, up, grads[0].contiguous(), one, two
-        ctx.call("gate_back", tensors, gate.numel() // n, n, MODES[ctx.function])
+        rows, grad = ctx.saved_tensors, grads[0].contiguous()
+        one, two = torch.empty_like(grad), torch.empty_like(grad)
+        steps = (t.stride(0) for t in rows)
+        ctx.call("gate_back", (*rows, grad, one, two), *rows[0].shape, *steps, MODES[ctx.function])
         return one, two, None, None
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Return `t` as rows [rows, n] whose numbers lie side by side; copied only where it must be."""
+    rows = t.reshape(-1, t.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()

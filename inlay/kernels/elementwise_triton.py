@@ -1,8 +1,9 @@
 """What stands between a transformer's products on a GPU, in Triton, as `elementwise.c` on the CPU.
 
-Rows of n numbers in float32, bfloat16 or float16, contiguous; sums and functions in float32,
-rounded once.  A row's norm is computed by one program, its numbers in registers from the sum to
-the result.  On the CPU it runs where `TRITON_INTERPRET=1` was set before Triton was imported.
+Rows of n numbers in float32, bfloat16 or float16, contiguous, but for a gate's two, which may be
+halves of one tensor; sums and functions in float32, rounded once.  A row's norm is computed by one
+program, its numbers in registers from the sum to the result.  On the CPU it runs where
+`TRITON_INTERPRET=1` was set before Triton was imported.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 PIECE = 2048
-"""Numbers that one program makes at least; rows shorter than it share one."""
+"""Numbers that a program makes: of norms at least, for short rows share one; of a gate at most."""
 
 
 def call(name: str, tensors: tuple[Tensor, ...], *rest: float) -> None:
@@ -38,16 +39,20 @@ def _norm_back(
     _norms_back[grid](grad, weight, x, out, sums, rows, n, PLUS_ONE=bool(mode), **tile)
 
 
-def _gate(gate: Tensor, up: Tensor, out: Tensor, rows: int, n: int, mode: int) -> None:
-    grid = (triton.cdiv(rows * n, PIECE),)
-    _gates[grid](gate, up, out, rows * n, GELU=bool(mode), PIECE=PIECE)
+def _gate(gate: Tensor, up: Tensor, out: Tensor, rows: int, n: int, *rest: int) -> None:
+    *steps, mode = rest
+    piece = min(PIECE, triton.next_power_of_2(n))
+    grid = rows, triton.cdiv(n, piece)
+    _gates[grid](gate, up, out, n, *steps, GELU=bool(mode), PIECE=piece)
 
 
 def _gate_back(
-    gate: Tensor, up: Tensor, grad: Tensor, one: Tensor, two: Tensor, rows: int, n: int, mode: int
+    gate: Tensor, up: Tensor, grad: Tensor, one: Tensor, two: Tensor, rows: int, n: int, *rest: int
 ) -> None:
-    grid = (triton.cdiv(rows * n, PIECE),)
-    _gates_back[grid](gate, up, grad, one, two, rows * n, GELU=bool(mode), PIECE=PIECE)
+    *steps, mode = rest
+    piece = min(PIECE, triton.next_power_of_2(n))
+    grid = rows, triton.cdiv(n, piece)
+    _gates_back[grid](gate, up, grad, one, two, n, *steps, GELU=bool(mode), PIECE=piece)
 
 
 _PASSES: dict[str, Any] = {
@@ -132,18 +137,25 @@ def _activated(x, GELU: tl.constexpr):
 
 
 @triton.jit
-def _gates(gate, up, out, n, GELU: tl.constexpr, PIECE: tl.constexpr):
-    """Write f(gate) up."""
-    at = tl.program_id(0).to(tl.int64) * PIECE + tl.arange(0, PIECE)
+def _gates(gate, up, out, n, gate_step, up_step, GELU: tl.constexpr, PIECE: tl.constexpr):
+    """Write f(gate) up, of a row of each; a step is from a row to the next."""
+    row = tl.program_id(0).to(tl.int64)  # 64 bits: rows times n may be beyond 2^31
+    at = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
+    gate, up, out = gate + row * gate_step, up + row * up_step, out + row * n
     value, _ = _activated(tl.load(gate + at, mask=at < n, other=0.0).to(tl.float32), GELU)
     made = value * tl.load(up + at, mask=at < n, other=0.0).to(tl.float32)
     tl.store(out + at, made.to(out.dtype.element_ty), mask=at < n)
 
 
 @triton.jit
-def _gates_back(gate, up, grad, one, two, n, GELU: tl.constexpr, PIECE: tl.constexpr):
+def _gates_back(
+    gate, up, grad, one, two, n, gate_step, up_step, GELU: tl.constexpr, PIECE: tl.constexpr
+):
     """Write the gradients of gate and up."""
-    at = tl.program_id(0).to(tl.int64) * PIECE + tl.arange(0, PIECE)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
+    gate, up, grad = gate + row * gate_step, up + row * up_step, grad + row * n
+    one, two = one + row * n, two + row * n
     value, slope = _activated(tl.load(gate + at, mask=at < n, other=0.0).to(tl.float32), GELU)
     g = tl.load(grad + at, mask=at < n, other=0.0).to(tl.float32)
     by_gate = g * tl.load(up + at, mask=at < n, other=0.0).to(tl.float32) * slope

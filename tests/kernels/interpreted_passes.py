@@ -88,8 +88,12 @@ def test_extreme_and_missing_numbers_go_as_in_plain_torch():
 
 def test_inputs_of_any_strides():
     x = torch.randn(6, 4, 10).transpose(0, 1)
-    found, wanted = elementwise.gated(x, x.clone(), "silu"), elementwise._plain_gate(x, x, "silu")
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    halves = torch.randn(5, 3, 4200).chunk(2, -1)  # of rows that two programs share
+    for gate, up in ((x, x.clone()), halves):
+        given = [t.detach().requires_grad_() for t in (gate, up)]
+        found, wanted = (f(*given, "silu") for f in (elementwise.gated, elementwise._plain_gate))
+        made, meant = (torch.autograd.grad(out.sum(), given) for out in (found, wanted))
+        torch.testing.assert_close((found, *made), (wanted, *meant), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

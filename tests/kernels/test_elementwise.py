@@ -66,6 +66,25 @@ def test_a_gate(dtype: torch.dtype, shape: tuple[int, ...], function: Any) -> No
         torch.testing.assert_close(made.double(), wanted, **close(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 2), (3, 5, 14), (300, 1154)])
+@pytest.mark.parametrize("function", ["silu", "gelu"])
+def test_halves_of_one_tensor_are_not_copied(
+    dtype: torch.dtype, shape: tuple[int, ...], function: Any
+) -> None:
+    def run(x: Tensor) -> Tensor:
+        out = gated(*x.chunk(2, -1), function)
+        kept = out.grad_fn.saved_tensors  # type: ignore[union-attr]
+        assert {t.untyped_storage().data_ptr() for t in kept} == {x.untyped_storage().data_ptr()}
+        return out
+
+    def twin(x: Tensor) -> Tensor:
+        return elementwise._plain_gate(*x.chunk(2, -1), function)
+
+    for made, wanted in both(run, twin, (4 * torch.randn(shape)).to(dtype)):
+        torch.testing.assert_close(made.double(), wanted, **close(dtype))
+
+
 def test_a_gate_of_extreme_values() -> None:
     gate = torch.tensor([-1e30, -200.0, -88.0, -1e-30, 0.0, 1e-30, 88.0, 200.0, 1e30])
     for function in ("silu", "gelu"):
