@@ -75,6 +75,7 @@ def test_a_compiled_library_is_kept_for_the_user_alone(tmp_path: Path, monkeypat
 @needs_compiler
 def test_what_is_not_for_this_processor_is_not_there(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(native, "HERE", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "fits.c").write_text("int inlay_sum(int a, int b) { return a + b; }\n")
     (tmp_path / "unfit.c").write_text("const int inlay_unfit = 1;\n")
     native.library.cache_clear()
