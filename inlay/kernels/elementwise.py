@@ -37,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -
     if call is None:
         return _plain_norm(x, weight, eps, plus_one)
     out: Tensor = _Norm.apply(x, weight, eps, plus_one, call)
-    return _remembered(out, lambda: rms_norm(x.detach(), weight, eps, plus_one=plus_one))
+    return _remembered(out, lambda x: rms_norm(x, weight, eps, plus_one=plus_one), x)
 
 
 def gated(gate: Tensor, up: Tensor, function: Gate) -> Tensor:
@@ -46,7 +46,7 @@ def gated(gate: Tensor, up: Tensor, function: Gate) -> Tensor:
     if call is None:
         return _plain_gate(gate, up, function)
     out: Tensor = _Gate.apply(gate, up, function, call)
-    return _remembered(out, lambda: gated(gate.detach(), up.detach(), function))
+    return _remembered(out, lambda gate, up: gated(gate, up, function), gate, up)
 
 
 def available() -> bool:
@@ -86,13 +86,14 @@ def wrong(kernels: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _remembered(out: Tensor, make: Callable[[], Tensor]) -> Tensor:
+def _remembered(out: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Return `out`, which says how it is made again: who would keep it may keep that instead.
 
-    What it is made of is kept for its own gradient anyway.
+    What it is made of is kept for its own gradient anyway. It is to be kept as autograd keeps what
+    it needs (`save_for_backward`), for that is what activation checkpointing sees.
     """
     if out.requires_grad:
-        out.made_from = make  # type: ignore[attr-defined]
+        out.made_from = (make, *(t.detach() for t in inputs))  # type: ignore[attr-defined]
     return out
 
 

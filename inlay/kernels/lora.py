@@ -42,11 +42,13 @@ class Member:
 def adapted(x: Tensor, members: Sequence[Member], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Return what each member makes of x [..., I]: [..., O_i], computed in `dtype`."""
     given = x.to(dtype)
-    source = getattr(given, "made_from", None)
+    make, *inputs = getattr(given, "made_from", (None,))
     layers, rates = [m.layer for m in members], [m.dropout for m in members]
     factors = [m.a for m in members] + [m.b for m in members]
     with torch.autocast(x.device.type, enabled=False):
-        outs = _Adapted.apply(given.reshape(-1, x.shape[-1]), source, layers, rates, *factors)
+        outs = _Adapted.apply(
+            given.reshape(-1, x.shape[-1]), (make, inputs), layers, rates, *factors
+        )
     return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
 
 
@@ -59,7 +61,7 @@ class _Adapted(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        source: Callable[[], Tensor] | None,
+        source: tuple[Callable[..., Tensor] | None, list[Tensor]],
         layers: list[Frozen],
         rates: list[float],
         *factors: Tensor,
@@ -79,16 +81,18 @@ class _Adapted(torch.autograd.Function):
         ]
         ctx.layers, ctx.rates, ctx.dtypes = layers, rates, [t.dtype for t in factors]
         ctx.set_materialize_grads(False)
-        ctx.source = source
-        wanted = source is None and any(ctx.needs_input_grad[FIRST : FIRST + len(layers)])
-        ctx.save_for_backward(x if wanted else None, *thin, *a, *b, *(kept or ()))
+        ctx.make, inputs = source
+        needed = inputs if ctx.make else [x]
+        trained = any(ctx.needs_input_grad[FIRST : FIRST + len(layers)])
+        masks = kept or [None] * len(layers)
+        ctx.save_for_backward(*thin, *a, *b, *masks, *(needed if trained else ()))
         return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Return the gradients of x, of the A_i and of the B_i."""
         n = len(ctx.layers)
-        x, *saved = ctx.saved_tensors
+        saved = ctx.saved_tensors
         thin, a, b, kept = (saved[i : i + n] for i in range(0, 4 * n, n))
         up: list[Tensor | None] = [None] * n
         low: list[Tensor] = []  # the gradients of d_i(x) A_i^T
@@ -102,9 +106,10 @@ class _Adapted(torch.autograd.Function):
         total = _through(ctx.layers, grads, low, a) if ctx.needs_input_grad[0] else None
         down: list[Tensor | None] = [None] * n
         trained = any(ctx.needs_input_grad[FIRST : FIRST + n])
-        if trained and x is None:
-            x = ctx.source().reshape(-1, a[0].shape[1])
-        if kept:
+        if trained:
+            x = ctx.make(*saved[4 * n :]) if ctx.make else saved[4 * n]
+            x = x.reshape(-1, a[0].shape[1])
+        if any(ctx.rates):
             for i, left in enumerate(zip(kept, ctx.rates, strict=True)):
                 if trained:
                     down[i] = low[i].T @ _drop(x, *left)

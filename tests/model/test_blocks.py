@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -188,3 +189,18 @@ def test_what_can_be_made_again_is_not_kept() -> None:
     inner = SMALL["intermediate_size"]
     # silu's output and the product, and the norm's quotient and product, less x A^T and the like
     assert plain - fast > layers * tokens * (2 * inner)
+
+
+def test_checkpointing_keeps_nothing_of_a_block() -> None:
+    """What a node would make its input of is let go, too, and made again."""
+    config = inlay.LoraConfig(r=1, target_modules="all-linear")
+    model = inlay.get_peft_model(build(llama), config).train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    quiet = once(model)
+    with accelerated(model, quiet), fast_blocks(model, quiet):
+        out = run(model)
+        gc.collect()
+        found = [o for o in gc.get_objects() if type(o) is torch.Tensor]
+        inner = (*IDS.shape, SMALL["intermediate_size"])
+        assert not [t for t in found if t.shape == inner]
+        out.sum().backward()
