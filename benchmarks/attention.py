@@ -16,7 +16,6 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # of use before torch is imported onl
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from inlay.cli._machine import processor
 from inlay.kernels.attention import Rows, attention, available, eager
 
 SHAPES = {"135m": (9, 3, 64), "1b": (32, 8, 64), "8b": (32, 8, 128)}
@@ -49,7 +49,7 @@ def main() -> None:
                 results.append(compare(shape, rows, dtype, options.rounds))
                 print(json.dumps(results[-1]), flush=True)
     if options.json:
-        machine = {"cpu": cpu(), "torch": torch.__version__}
+        machine = {"cpu": processor()[0], "torch": torch.__version__}
         told = {"machine": machine, "threads": options.threads, "results": results}
         options.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
@@ -114,15 +114,6 @@ def both(compute: Callable[[], Tensor], given: list[Tensor], grad: Tensor) -> tu
     clock, busy = time.perf_counter(), time.process_time()
     compute().backward(grad)
     return time.perf_counter() - clock, time.process_time() - busy
-
-
-def cpu() -> str:
-    """Return the processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "?")
 
 
 if __name__ == "__main__":

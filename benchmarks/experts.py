@@ -24,6 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from inlay.cli._machine import processor
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 MIB = 2**20
 ROUNDS, TOKENS = 15, 256
@@ -129,9 +131,7 @@ def write(folder: str) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Return what this is measured on."""
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
-    return {"cpu": name, "threads": 2, "torch": metadata.version("torch")}
+    return {"cpu": processor()[0], "threads": 2, "torch": metadata.version("torch")}
 
 
 def peak() -> float:

@@ -23,9 +23,9 @@ from unittest import mock
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch; others use the machine too
 
 import torch
-from qlora import cpu
 from torch import nn
 
+from inlay.cli._machine import processor
 from inlay.kernels import adam8bit
 from inlay.train.optim import make_optimizer, optimizer_tensors
 from inlay.train.settings import TrainConfig
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    machine = {"cpu": cpu(), "threads": options.threads, "torch": torch.__version__}
+    machine = {"cpu": processor()[0], "threads": options.threads, "torch": torch.__version__}
     results = {
         str(dtype).removeprefix("torch."): compare(dtype, options.rounds)
         for dtype in (torch.float32, torch.bfloat16)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -29,6 +28,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from inlay.cli._machine import processor
 
 SHAPES: dict[str, dict[str, int]] = {
     # hidden, intermediate, layers, heads, key heads, vocabulary
@@ -67,7 +68,7 @@ def main() -> None:
         results = [json.loads(told.splitlines()[-1])]
         print(results[0])
     if options.json:
-        machine = {"cpu": cpu(), "threads": options.threads, "torch": torch.__version__}
+        machine = {"cpu": processor()[0], "threads": options.threads, "torch": torch.__version__}
         if options.device == "cuda":
             machine |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
         text = json.dumps({"machine": machine, "results": results}, indent=1)
@@ -240,17 +241,6 @@ def held(device: str) -> dict[str, float]:
 def peak_mib() -> float:
     """Return the largest resident memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def cpu() -> str:
-    """Return the processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(": ", 1)[1] for line in lines if line.startswith("model name")), "unknown"
-    )
 
 
 def arguments() -> argparse.Namespace:

@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qlora import SHAPES, cpu, llama, peak_mib
+from qlora import SHAPES, llama, peak_mib
+
+from inlay.cli._machine import processor
 
 TIED = ("1b",)
 """Shapes whose head is the embedding, as that of Llama 3.2 1B is."""
@@ -49,7 +51,7 @@ def main() -> None:
             else:
                 results += [steps(shape, n, Path(place), options) for n in options.length]
     if options.json:
-        machine = {"cpu": cpu(), "threads": options.threads, "torch": torch.__version__}
+        machine = {"cpu": processor()[0], "threads": options.threads, "torch": torch.__version__}
         text = json.dumps({"machine": machine, "results": results}, indent=1)
         options.json.write_text(text + "\n", encoding="utf-8")
 

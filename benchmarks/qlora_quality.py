@@ -28,9 +28,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch; others use 
 
 import torch
 from comparisons import DOCSTRINGS, encoder
-from qlora import SHAPES, cpu, llama
+from qlora import SHAPES, llama
 
 import inlay
+from inlay.cli._machine import processor
 from inlay.run.report import JsonLines
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +52,7 @@ def main() -> None:
             chosen = [name for name in tasks if options.task in (None, name)]
             results = [pair(name, tasks[name], options.seeds, Path(place)) for name in chosen]
     if options.json:
-        machine = {"cpu": cpu(), "threads": options.threads, "torch": torch.__version__}
+        machine = {"cpu": processor()[0], "threads": options.threads, "torch": torch.__version__}
         text = json.dumps({"machine": machine, "results": results}, indent=1)
         options.json.write_text(text + "\n", encoding="utf-8")
 

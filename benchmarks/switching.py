@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from inlay.cli._machine import processor
+
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LAYERS = 50
 
@@ -65,14 +67,6 @@ def peft(*, trainable: bool) -> float:
     return median(lambda name: adapted.set_adapter(name, inference_mode=not trainable), 100)
 
 
-def processor() -> str:
-    """Return the CPU's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures here too")
@@ -91,7 +85,7 @@ def main() -> None:
         import peft as oracle
 
         where = {
-            "cpu": processor(),
+            "cpu": processor()[0],
             "python": platform.python_version(),
             "torch": torch.__version__,
             "peft": oracle.__version__,

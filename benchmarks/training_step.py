@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import inlay
+from inlay.cli._machine import processor
 
 SHAPES = {
     "2.5M (inlay-tiny)": None,
@@ -44,7 +44,7 @@ def main() -> None:
         print(f"{'':18} largest difference of the losses {result['apart']:.1e}")
     if options.json:
         machine = {
-            "cpu": cpu(),
+            "cpu": processor()[0],
             "threads": options.threads,
             "torch": torch.__version__,
             "peft": peft.__version__,
@@ -130,15 +130,6 @@ def base(name: str) -> Any:
     return LlamaForCausalLM(
         LlamaConfig(vocab_size=2560, num_attention_heads=8, num_key_value_heads=4, **shape)
     )
-
-
-def cpu() -> str:
-    """Return the processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def arguments() -> argparse.Namespace:
