@@ -8,6 +8,7 @@ factors. Law 1 holds for the fast paths too.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -55,11 +56,11 @@ def fed_alike(hosts: Sequence[Inlaid], run: Callable[[], Any]) -> list[list[Inla
     finally:
         for hook in hooks:
             hook.remove()
-    seen = [host for host, _ in calls]
+    times = Counter(host for host, _ in calls)
     groups: list[list[Inlaid]] = []
     last: Tensor | None = None
     for host, x in calls:
-        if seen.count(host) != 1:
+        if times[host] != 1:
             last = None  # called again, with who knows what: it computes for itself
         elif last is x and groups:
             groups[-1].append(host)
