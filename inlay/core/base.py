@@ -168,6 +168,20 @@ class PackedModule(nn.Module, ABC):
         """Return the plain layer of the same numbers, with new parameters that do not train."""
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Return whether a call of `module` is its class's `forward` and no more: no hook hears of it.
+
+    Only then may what it computes be computed without calling it.
+    """
+    heard = (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )
+    return not heard and "forward" not in vars(module)
+
+
 def bare_copy(module: nn.Module) -> nn.Module:
     """Return a copy of `module` as before any adapter: hosts inside give way to their layers.
 

@@ -82,7 +82,7 @@ class Inlaid(Host):
         self.adapters = nn.ModuleDict()
         self.base = base
         self.selection = selection
-        self.fast: dict[tuple[str, ...], Callable[..., Any]] = {}
+        self.fast: Callable[..., Any] | None = None
         self._kept: dict[str, nn.Parameter | None] | None = None
         self.training = base.module.training
 
@@ -103,9 +103,8 @@ class Inlaid(Host):
             return self._merged(*args, **kwargs)
         if chosen.rows is not None:
             return self._rowwise(*args, **kwargs)
-        fast = self.fast.get(chosen.active)
-        if fast is not None:
-            return fast(*args, **kwargs)
+        if self.fast is not None:  # which may well give the stack's result itself
+            return self.fast(*args, **kwargs)
         return self.stack(chosen.active)(*args, **kwargs)
 
     def _positional(self, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -40,7 +40,7 @@ class Root(Inlaid):
         nn.Module.__init__(self)
         self.adapters = nn.ModuleDict()
         self.base, self.selection = base, selection
-        self.fast = {}
+        self.fast = None
         self._kept = None
         model: Any = base.module
         self.training = model.training

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from inlay.kernels import gpu
 from inlay.kernels.native import library
@@ -93,7 +94,9 @@ def _remembered(out: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Te
     it needs (`save_for_backward`), for that is what activation checkpointing sees.
     """
     if out.requires_grad:
-        out.made_from = (make, *(t.detach() for t in inputs))  # type: ignore[attr-defined]
+        # the version tells of a tensor that was written to since
+        given = (t.detach() for t in inputs)
+        out.made_from = (out._version, make, *given)  # type: ignore[attr-defined]
     return out
 
 
@@ -160,6 +163,7 @@ class _Norm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, sums = ctx.saved_tensors
         grad = grads[0].contiguous()
@@ -181,6 +185,7 @@ class _Gate(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         rows, grad = ctx.saved_tensors, grads[0].contiguous()
         one, two = torch.empty_like(grad), torch.empty_like(grad)

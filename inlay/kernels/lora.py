@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class Frozen(Protocol):
@@ -42,7 +43,9 @@ class Member:
 def adapted(x: Tensor, members: Sequence[Member], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Return what each member makes of x [..., I]: [..., O_i], computed in `dtype`."""
     given = x.to(dtype)
-    make, *inputs = getattr(given, "made_from", (None,))
+    version, make, *inputs = getattr(given, "made_from", (None, None))
+    if make is not None and version != given._version:  # written to: it is what was made no more
+        make, inputs = None, []
     layers, rates = [m.layer for m in members], [m.dropout for m in members]
     factors = [m.a for m in members] + [m.b for m in members]
     with torch.autocast(x.device.type, enabled=False):
@@ -89,6 +92,7 @@ class _Adapted(torch.autograd.Function):
         return tuple(outs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Return the gradients of x, of the A_i and of the B_i."""
         n = len(ctx.layers)

@@ -3,19 +3,24 @@
 Nothing is asked of a model but what it does: a forward pass of a few tokens tells which hosts are
 fed one tensor (q, k, v; gate, up), and these share a node, in which the first one called computes
 for all. No method knows of it: an adapter takes part if its update is a product of two thin
-factors. Law 1 holds for the fast paths too.
+factors. Which adapters there are is asked at each call, so that one which is added, switched to or
+taken out meanwhile is computed as it stands. Law 1 holds for the fast paths too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from inlay.bases.plain import Linear
+from inlay.core.base import is_bare
 from inlay.core.inlaid import Inlaid
 from inlay.kernels import lora
 from inlay.model.thin import Site, site
@@ -26,21 +31,20 @@ def accelerated(model: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
     """Let the active adapter of `model` compute by fast paths for a `with` block.
 
     run: makes one forward pass of the model, without a gradient. A batch of rows with adapters of
-    their own, another active adapter and a merged one take the plain paths as before.
+    their own, a stack of adapters and a merged one take the plain paths as before, and so do layers
+    that get an adapter for the first time within the block.
     """
-    hosts = [m for m in model.modules() if isinstance(m, Inlaid)]
-    names = hosts[0].selection.active if hosts else ()
-    found = {h: site(h, names[0]) for h in hosts} if len(names) == 1 else {}
-    sites = {host: one for host, one in found.items() if one is not None}
-    for group in fed_alike(list(sites), run) if sites else []:
-        node = _Node([sites[host] for host in group])
+    hosts = [m for m in model.modules() if isinstance(m, Inlaid) and isinstance(m.base, Linear)]
+    before = [host.fast for host in hosts]
+    for group in fed_alike(hosts, run) if hosts else []:
+        node = Node(group)
         for i, host in enumerate(group):
-            host.fast[names] = node.of(i)
+            host.fast = partial(node.call, i)
     try:
         yield
     finally:
-        for host in sites:
-            host.fast.pop(names, None)
+        for host, path in zip(hosts, before, strict=True):
+            host.fast = path
 
 
 def fed_alike(hosts: Sequence[Inlaid], run: Callable[[], Any]) -> list[list[Inlaid]]:
@@ -71,44 +75,85 @@ def fed_alike(hosts: Sequence[Inlaid], run: Callable[[], Any]) -> list[list[Inla
     return groups + [[host] for host in hosts if id(host) not in alone]
 
 
-class _Node:
-    """Hosts that are fed one tensor: the first one called computes for all, the others collect."""
+class Node:
+    """Hosts that are fed one tensor: the first one called computes for all, the others collect.
 
-    def __init__(self, sites: Sequence[Site]) -> None:
-        self.sites = sites
-        self.waiting: tuple[Tensor, int, bool] | None = None
-        self.made: dict[int, Tensor] = {}
+    A copy of the model (`copy.deepcopy`) has nodes of its own, which hold its own hosts.
+    """
 
-    def of(self, index: int) -> Callable[..., Any]:
-        """Return the fast path of the host of that number."""
-        one = self.sites[index]
+    def __init__(self, hosts: Sequence[Inlaid]) -> None:
+        """Take the hosts, in the order in which they are called."""
+        self.hosts = hosts
+        self._known: dict[str, tuple[list[Any], list[Site | None]]] = {}
+        self._made: _Made | None = None
 
-        def call(x: Any, *args: Any, **kwargs: Any) -> Any:
-            dtype = _dtype(one, x)
-            if args or kwargs or dtype is None:
-                return one.host.stack(one.host.selection.active)(x, *args, **kwargs)
-            return self.collect(index, x, dtype)
+    def call(self, index: int, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what the host of that number computes."""
+        host = self.hosts[index]
+        names = host.selection.active
+        if len(names) == 1 and not args and not kwargs:
+            sites = self.sites(names[0])
+            one = sites[index]
+            dtype = None if one is None else _dtype(one, x)
+            if one is not None and dtype is not None:
+                return self._collect(index, one, sites, x, dtype)
+        return host.stack(names)(x, *args, **kwargs)
 
-        return call
+    def sites(self, name: str) -> list[Site | None]:
+        """Return the sites of the adapter of that name, None where a host's is not for the node."""
+        now = [_standing(host, name) for host in self.hosts]
+        known = self._known.get(name)
+        if known is None or any(a is not b for a, b in zip(known[0], now, strict=True)):
+            found = zip(self.hosts, now, strict=True)
+            known = now, [None if a is None else site(host, name) for host, a in found]
+            left = {n for host in self.hosts for n in host.adapters}
+            self._known = {n: k for n, k in self._known.items() if n in left} | {name: known}
+        return known[1]
 
-    def collect(self, index: int, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _collect(
+        self, index: int, one: Site, sites: Sequence[Site | None], x: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         """Return the output of one host, computing those of all where they are not there yet."""
-        if len(self.sites) == 1:
-            return self.compute(x, dtype)[0]
-        # the version tells of a tensor that was written to since
-        given = (x, x._version, torch.is_grad_enabled())
-        fresh = self.waiting is None or self.waiting[0] is not x or self.waiting[1:] != given[1:]
-        if fresh or index not in self.made:
-            self.waiting, self.made = given, dict(enumerate(self.compute(x, dtype)))
-        out = self.made.pop(index)
-        if not self.made:
-            self.waiting = None
+        if len(self.hosts) == 1 or x.is_inference():  # which has no version to know it by
+            return _compute(x, {index: one}, dtype)[index]
+        told = (x._version, dtype, torch.is_grad_enabled(), one.adapter.training)
+        made = self._made  # once, for another thread may be at it too
+        fresh = made is None or made.x is not x or made.told != told
+        if made is None or fresh or made.versions.get(index) != (one, one.version):
+            alike = {i: s for i, s in enumerate(sites) if s is not None and _dtype(s, x) == dtype}
+            versions = {i: (s, s.version) for i, s in alike.items()}
+            made = self._made = _Made(x, told, versions, _compute(x, alike, dtype))
+        out = made.outs.pop(index)
+        del made.versions[index]
+        if not made.outs:
+            self._made = None
         return out
 
-    def compute(self, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """Return the outputs of all."""
-        outs = lora.adapted(x, [one.member(dtype) for one in self.sites], dtype)
-        return [one.finish(out) for one, out in zip(self.sites, outs, strict=True)]
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes over: nothing that was computed."""
+        return {**vars(self), "_known": {}, "_made": None}
+
+
+@dataclass
+class _Made:
+    """What a node computed of `x`, told so, for hosts that have not collected it yet."""
+
+    x: Tensor
+    told: tuple[Any, ...]
+    versions: dict[int, tuple[Site, int]]
+    outs: dict[int, Tensor]
+
+
+def _compute(x: Tensor, sites: Mapping[int, Site], dtype: torch.dtype) -> dict[int, Tensor]:
+    outs = lora.adapted(x, [one.member(dtype) for one in sites.values()], dtype)
+    return {i: one.finish(out) for (i, one), out in zip(sites.items(), outs, strict=True)}
+
+
+def _standing(host: Inlaid, name: str) -> nn.Module | None:
+    """Return the adapter of that name; None where the layer below it is not to be passed by."""
+    layer = host.base.module
+    trains = any(p is not None and p.requires_grad for p in layer._parameters.values())
+    return host.adapters._modules.get(name) if is_bare(layer) and not trains else None
 
 
 def _dtype(one: Site, x: Any) -> torch.dtype | None:

@@ -6,19 +6,19 @@ shape, one back, a function) and if, fed what the model feeds it, the fast form 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import permutations
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.base import Host
+from inlay.core.base import Host, is_bare
 from inlay.kernels.elementwise import Gate, gated, rms_norm
 
-Forward = Callable[[Tensor], Tensor]
 NEAR = {torch.float32: 1e-5, torch.float64: 1e-5}
 """How far two forms may be apart, relative to the output; in half precision 0.02."""
 
@@ -31,21 +31,41 @@ def fast_blocks(model: nn.Module, run: Callable[[], Any]) -> Iterator[list[nn.Mo
     parameters train are left alone, and so are those that were given a forward of their own.
     """
     found = recognized(model, run)
-    for module, forward in found.items():
-        module.forward = forward
+    for module, form in found.items():
+        module.forward = form
     try:
         yield list(found)
     finally:
-        for module in found:
-            del module.forward
+        for module, form in found.items():
+            if vars(module).get("forward") is form:  # and not what was set over it meanwhile
+                del module.forward
 
 
-def recognized(model: nn.Module, run: Callable[[], Any]) -> dict[nn.Module, Forward]:
+class Form:
+    """The fast form of a module, in the place of its `forward`: compute(module, x, *given).
+
+    Parts of the module are looked up in it at each call, for they may be hosted meanwhile, and a
+    copy of the module (`copy.deepcopy`) has a form of its own.
+    """
+
+    def __init__(self, module: nn.Module, compute: Callable[..., Tensor], *given: Any) -> None:
+        """Stand for the forward of `module`, as whose it is signed."""
+        self.module, self.compute, self.given = module, compute, given
+        self.__signature__ = inspect.signature(module.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module computes; with more than one tensor, by the module's own."""
+        if len(args) == 1 and not kwargs:
+            return self.compute(self.module, args[0], *self.given)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def recognized(model: nn.Module, run: Callable[[], Any]) -> dict[nn.Module, Form]:
     """Return the fast form of each module that has one, as proved on what `run` feeds it."""
     within = {child for m in model.modules() if isinstance(m, Host) for child in m.modules()}
     forms = {m: _forms(m) for m in model.modules() if m not in within and "forward" not in vars(m)}
     candidates = {module: found for module, found in forms.items() if found}
-    proved: dict[nn.Module, Forward] = {}
+    proved: dict[nn.Module, Form] = {}
     wrong: set[nn.Module] = set()
 
     def prove(module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
@@ -67,64 +87,63 @@ def recognized(model: nn.Module, run: Callable[[], Any]) -> dict[nn.Module, Forw
     return {module: form for module, form in proved.items() if module not in wrong}
 
 
-def _forms(module: nn.Module) -> list[Forward]:
+def _forms(module: nn.Module) -> list[Form]:
     """Return what `module` may compute, judged by its parts."""
     return _norms(module) or _mlps(module)
 
 
-def _norms(module: nn.Module) -> list[Forward]:
+def _norms(module: nn.Module) -> list[Form]:
     names = [name for name, _ in module.named_parameters()]
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     frozen = isinstance(weight, Tensor) and weight.ndim == 1 and not weight.requires_grad
     if names != ["weight"] or not frozen or not isinstance(eps, float):
         return []
-
-    def form(*, plus_one: bool) -> Forward:
-        # read anew at each call: the weight may be moved or replaced meanwhile
-        return lambda x: rms_norm(x, module.get_parameter("weight"), eps, plus_one=plus_one)
-
-    return [form(plus_one=False), form(plus_one=True)]
+    return [Form(module, _norm, eps, plus_one) for plus_one in (False, True)]
 
 
-def _mlps(module: nn.Module) -> list[Forward]:
-    children = list(module.children())
-    linears = [child for child in children if isinstance(_below(child), nn.Linear)]
-    others = [child for child in children if child not in linears]
-    function = _function(others[0]) if len(others) == 1 else None
+def _norm(module: Any, x: Tensor, eps: float, plus_one: bool) -> Tensor:
+    return rms_norm(x, module.weight, eps, plus_one=plus_one)
+
+
+def _mlps(module: nn.Module) -> list[Form]:
+    children = dict(module.named_children())
+    linears = {n: _below(m) for n, m in children.items() if isinstance(_below(m), nn.Linear)}
+    others = [name for name in children if name not in linears]
+    function = _function(children[others[0]]) if len(others) == 1 else None
     if function is None:
         return []
-    sizes = {m: (_below(m).out_features, _below(m).in_features) for m in linears}
+    sizes = {name: (m.out_features, m.in_features) for name, m in linears.items()}
     if len(linears) == 3:
         return [
-            _apart(gate, up, down, function)
+            Form(module, _apart, gate, up, down, *others, function)
             for gate, up, down in permutations(linears)
             if sizes[gate] == sizes[up] == sizes[down][::-1]
         ]
     if len(linears) == 2:
         return [
-            _joint(both, down, function)
+            Form(module, _joint, both, down, *others, function)
             for both, down in permutations(linears)
             if sizes[both] == (2 * sizes[down][1], sizes[down][0])
         ]
     return []
 
 
-def _apart(gate: nn.Module, up: nn.Module, down: nn.Module, function: Gate) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        out: Tensor = down(gated(gate(x), up(x), function))
-        return out
+def _apart(
+    module: Any, x: Tensor, gate: str, up: str, down: str, act: str, function: Gate
+) -> Tensor:
+    parts = module._modules
+    if not is_bare(parts[act]):
+        return cast(Tensor, type(module).forward(module, x))
+    return cast(Tensor, parts[down](gated(parts[gate](x), parts[up](x), function)))
 
-    return forward
 
-
-def _joint(both: nn.Module, down: nn.Module, function: Gate) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        gate, up = both(x).chunk(2, dim=-1)
-        out: Tensor = down(gated(gate, up, function))
-        return out
-
-    return forward
+def _joint(module: Any, x: Tensor, both: str, down: str, act: str, function: Gate) -> Tensor:
+    parts = module._modules
+    if not is_bare(parts[act]):
+        return cast(Tensor, type(module).forward(module, x))
+    gate, up = parts[both](x).chunk(2, dim=-1)
+    return cast(Tensor, parts[down](gated(gate, up, function)))
 
 
 def _below(module: nn.Module) -> Any:

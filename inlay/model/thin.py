@@ -6,7 +6,7 @@ node's output.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,6 +33,12 @@ class Site:
         """The dtype of the adapter's parameters."""
         return self.adapter.dtype
 
+    @property
+    def version(self) -> int:
+        """A number that grows when the adapter's parameters are written to."""
+        parts = (self.adapter, *self.adapter._held)
+        return sum(_version(p) for part in parts for p in part.parameters())
+
     def member(self, dtype: torch.dtype) -> Member:
         """Return what the node needs, for a product in `dtype`."""
         del dtype
@@ -50,12 +56,28 @@ class DoraSite(Site):
     """DoRA: c * (W x + B A x) + b with c = m / |W + B A|, a constant but for m."""
 
     def __init__(self, host: Inlaid, adapter: Dora) -> None:
-        """Take the norms of the frozen weight once."""
+        """Take the DoRA of a host for which `site` found that it can share."""
         super().__init__(host, adapter.lora)
-        self.magnitude = adapter.magnitude
-        with torch.no_grad():
-            wide = torch.promote_types(adapter.magnitude.dtype, torch.float32)
-            self.squares = torch.linalg.vector_norm(self.layer.weight(), dim=1, dtype=wide) ** 2
+        self.dora = adapter
+        self._squares: tuple[list[Any], Tensor] | None = None
+        self._scale: Tensor | None = None
+
+    @property
+    def version(self) -> int:
+        """A number that grows when the adapter's parameters are written to."""
+        return super().version + _version(self.dora.magnitude)
+
+    @property
+    def squares(self) -> Tensor:
+        """The squared norms [O] of the frozen weight, taken once for as long as it is the same."""
+        module = self.layer.module
+        wide = torch.promote_types(self.dora.magnitude.dtype, torch.float32)
+        held = (*module.parameters(), *module.buffers())
+        now = [wide, *((t.data_ptr(), _version(t), t.dtype) for t in held)]
+        if self._squares is None or self._squares[0] != now:
+            norms = torch.linalg.vector_norm(self.layer.weight(), dim=1, dtype=wide)
+            self._squares = now, norms**2
+        return self._squares[1]
 
     def member(self, dtype: torch.dtype) -> Member:
         """Return what the node needs, having found c with the factors as they are."""
@@ -65,12 +87,14 @@ class DoraSite(Site):
             crossed = self._without_bias(self.layer.forward_product(a.to(dtype))).T.to(b.dtype)
             squares = self.squares + ((2 * crossed + b @ (a @ a.T)) * b).sum(1)
             norms = squares.clamp_min(0).sqrt()
-        self.scale = self.magnitude / norms
+        self._scale = self.dora.magnitude / norms
         return member
 
     def finish(self, out: Tensor) -> Tensor:
         """Return c * (out - b) + b."""
-        scaled = times_columns(self._without_bias(out), self.scale)
+        scale, self._scale = self._scale, None  # which holds on to the graph
+        assert scale is not None
+        scaled = times_columns(self._without_bias(out), scale)
         bias = self.layer.bias()
         return scaled if bias is None else scaled + bias.to(out.dtype)
 
@@ -100,6 +124,10 @@ def _is_thin(adapter: Delta) -> bool:
     started = getattr(adapter, "start_A", None) is not None and _rate(adapter)
     fits = plain and thin and adapter.bias is None and not started
     return fits and adapter.factors(torch.float32) is not None
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _rate(adapter: Delta) -> float:

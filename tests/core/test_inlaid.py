@@ -73,12 +73,16 @@ def test_the_input_may_come_by_name():
         block(states=x)
 
 
-def test_a_fast_path_takes_the_place_of_the_stack_it_is_for_alone():
+def test_a_fast_path_takes_the_place_of_the_stack_alone():
     host, x = hosted(nn.Linear(4, 3), "a", "b"), torch.randn(2, 4)
-    host.fast[("a",)] = lambda x: x.new_zeros(len(x), 3)
-    assert not torch.equal(host(x), torch.zeros(2, 3))
-    host.selection.active = ("a",)
+    host.fast = lambda x: x.new_zeros(len(x), 3)
     assert torch.equal(host(x), torch.zeros(2, 3))
+    with host.selection.using(rows=["a", "b"]):
+        assert not torch.equal(host(x), torch.zeros(2, 3))
+    host.selection.active = ("a",)
+    host.merge(("a",))
+    host.selection.merged = ("a",)
+    assert not torch.equal(host(x), torch.zeros(2, 3))
 
 
 def test_an_adapter_no_weight_can_say_computes_but_is_not_merged():

@@ -13,7 +13,7 @@ from inlay.core.adapter import Delta
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
 from inlay.methods import method, names
-from inlay.model.accelerate import accelerated
+from inlay.model.accelerate import Node, accelerated
 from inlay.model.thin import site
 from tests.methods.bases import bert, build, gpt2, llama, randomize, settings_of_methods, t5
 
@@ -50,17 +50,23 @@ def results(model: Any) -> list[torch.Tensor]:
     return [out.detach(), *grads]
 
 
+def nodes(model: Any) -> dict[Inlaid, tuple[Node, int]]:
+    """Return of each host that has one its node, and its number there."""
+    hosts = [m for m in model.modules() if isinstance(m, Inlaid) and m.fast is not None]
+    return {host: (host.fast.func.__self__, host.fast.args[0]) for host in hosts}
+
+
 def taken(model: Any) -> list[Inlaid]:
-    return [m for m in model.modules() if isinstance(m, Inlaid) and m.fast]
+    """Return the hosts whose active adapter is computed by a node."""
+    (name,) = model.active_adapters
+    return [host for host, (node, i) in nodes(model).items() if node.sites(name)[i] is not None]
 
 
 def groups(model: Any) -> list[list[str]]:
     """Return the hosts that share a node, by the last parts of their paths."""
     paths = {m: path for path, m in model.named_modules() if isinstance(m, Inlaid)}
     found: dict[int, list[str]] = {}
-    for host in taken(model):
-        (call,) = host.fast.values()
-        node = next(c.cell_contents for c in call.__closure__ if hasattr(c.cell_contents, "made"))
+    for host, (node, _) in nodes(model).items():
         found.setdefault(id(node), []).append(paths[host].rpartition(".")[2])
     return list(found.values())
 
@@ -80,7 +86,7 @@ def test_lora_by_its_node(make: Callable[[], Any], dropout: float) -> None:
     with accelerated(model, once(model)):
         assert taken(model)
         assert_same(plain, results(model))
-    assert not taken(model)
+    assert not nodes(model)
 
 
 def every_setting() -> list[Any]:
@@ -103,8 +109,8 @@ def test_every_additive_method(name: str, given: dict[str, Any]) -> None:
         pytest.skip(f"settings for another layer: {error}")
     plain = results(model)
     with accelerated(model, once(model)):
-        for host in model.modules():
-            assert not isinstance(host, Inlaid) or bool(site(host, "default")) == bool(host.fast)
+        hosts = [m for m in model.modules() if isinstance(m, Inlaid)]
+        assert set(taken(model)) == {host for host in hosts if site(host, "default")}
         assert_same(plain, results(model))
 
 
