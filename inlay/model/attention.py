@@ -37,9 +37,10 @@ HARMLESS = (
 def packed_attention(model: nn.Module) -> Iterator[bool]:
     """Let the attention of `model` take packed rows as they are, for a `with` block.
 
-    Yields whether any of it does. A batch [B, T] without an attention mask takes part, its rows
-    told by position_ids that begin anew; the others compute as before, and so do layers with
-    dropout on their weights, sinks, biases, or attention to another sequence.
+    Yields whether any of it does. A batch [B, T] without padding takes part; where it has no
+    attention mask at all, its rows are told by position_ids that begin anew. The others compute as
+    before, and so do layers with dropout on their weights, sinks, biases, or attention to another
+    sequence.
     """
     before = [(config, config._attn_implementation) for config in _configurations(model)]
     for config, implementation in before:
@@ -50,7 +51,9 @@ def packed_attention(model: nn.Module) -> Iterator[bool]:
         yield bool(before)
     finally:
         for config, implementation in before:
-            config._attn_implementation = {"": implementation}
+            # and not where another was set over it meanwhile
+            if config._attn_implementation == PREFIX + implementation:
+                config._attn_implementation = {"": implementation}
 
 
 class Packed:
@@ -133,7 +136,8 @@ def _mask_over(implementation: str) -> Callable[..., Any]:
 
     def make(**told: Any) -> Any:
         tokens = told.get("q_length", 0)  # earlier releases tell another thing
-        custom = told.get("use_vmap") or told.get("attention_mask") is not None
+        padding = told.get("attention_mask")
+        custom = told.get("use_vmap") or not (padding is None or bool(padding.all()))
         square = tokens > 0 and told.get("kv_length") == tokens
         moved = [told.get(name, 0) for name in ("q_offset", "kv_offset")]
         if custom or not square or not all(isinstance(n, int) and n == 0 for n in moved):

@@ -145,6 +145,19 @@ def test_rows_of_one_length_need_no_packing(name, architecture, calls):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", TAKE_PART)
+def test_a_mask_that_hides_nothing_is_none(name, architecture, calls):
+    model = architecture(name)
+    ids = torch.cat(rows(), 1).view(5, 5)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **KEPT}
+    with torch.no_grad():
+        expected = model(**given).logits
+        with packed_attention(model):
+            found = model(**given).logits
+    assert len(calls["windows"]) == 2
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["falcon", "t5", "bert", "vit", "clip"])
 def test_a_model_that_does_not_take_part_is_left_as_it_is(name, architecture, calls):
     from tests.model.conftest import output
@@ -214,6 +227,13 @@ def test_afterwards_nothing_is_left(architecture):
         with pytest.raises(KeyError), packed_attention(model):
             raise KeyError
         assert [config._attn_implementation for config in configs] == before
+
+
+def test_an_attention_that_was_set_meanwhile_stays(architecture):
+    model = architecture("llama")
+    with packed_attention(model):
+        model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
 
 
 def test_only_rows_up_to_each_token_are_recognized():
