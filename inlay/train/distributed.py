@@ -35,14 +35,17 @@ def add_up(value: Tensor) -> Tensor:
     return value
 
 
-def add_up_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Put the sum over all ranks into every .grad; a rank that trained nothing counts as 0."""
-    if not _running():
-        return
-    for parameter in parameters:
+def fill_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Put 0 where a rank that trained nothing has no .grad, so that all ranks have the same."""
+    for parameter in parameters if _running() else ():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+
+
+def add_up_gradients(gradients: Iterable[Tensor]) -> None:
+    """Put the sum over all ranks into each of `gradients`, which are the same on all."""
+    for gradient in gradients if _running() else ():
+        dist.all_reduce(gradient)
 
 
 def gather(names: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from inlay.train.evaluate import evaluate_loss
 from inlay.train.events import Events, memory_mb
 from inlay.train.factors import first_factors_frozen
 from inlay.train.fast import fast_paths
+from inlay.train.flat import clip, flattened
 from inlay.train.optim import make_optimizer
 from inlay.train.order import Order
 from inlay.train.plot import plot_loss
@@ -71,6 +72,8 @@ def fit(
         stop = stack.enter_context(stop_signals())
         run = _Run(model, tokenizer, objective, train, eval, config, Path(folder), events)
         if config.fast:
+            flats = stack.enter_context(flattened(run.optimizer, model))
+            run.stepper = replace(run.stepper, flats=flats)
             how = (tokenizer, objective, train[0], run.stepper.precision)
             stack.enter_context(fast_paths(model, *how))
         run.restore() if resume else run.start()
@@ -177,9 +180,7 @@ class _Run:
             self.emit("nonfinite", at=error.step, rows=list(error.rows), text=str(error))
             raise
         if config.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(
-                self.parameters.values(), config.max_grad_norm, sums.grad_norm
-            )
+            clip(sums.gradients, config.max_grad_norm, sums.grad_norm)
         lr = learning_rate(progress.step, self.total, config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["ratio"]

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.errors import UserError
-from inlay.train.distributed import add_up, add_up_gradients, gather, rank, world
+from inlay.train.distributed import (
+    add_up,
+    add_up_gradients,
+    fill_gradients,
+    gather,
+    rank,
+    world,
+)
+from inlay.train.flat import Flat, gradients_of, norm_of
 from inlay.train.order import seed_of
 from inlay.train.precision import autocast, device_of
 
@@ -37,12 +45,14 @@ class NonFiniteError(UserError):
 
 @dataclass(frozen=True)
 class Sums:
-    """What a step added up over micro-batches and ranks; .grad holds the gradients, not clipped."""
+    """What a step added up over micro-batches and ranks."""
 
     loss: float
     grad_norm: Tensor
     tokens: int
     trained_tokens: float
+    gradients: list[Tensor]
+    """Not clipped; each a parameter's .grad, or a tensor of which those of many are parts."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,8 @@ class Stepper:
     penalties: Sequence[Callable[[], Tensor]] = ()
     """What is added to a step's loss for the weights alone; not in the loss that is told, which is
     that of the rows."""
+    flats: Sequence[Flat] = ()
+    """Parameters whose gradients are to be in one tensor."""
 
     def gradient(self, step: int, micros: Sequence[Sequence[Any]]) -> Sums:
         """Add the gradient of this rank's `micros` up, each a list of rows.
@@ -85,9 +97,10 @@ class Stepper:
             shares.append(share.detach().float())
         for penalty in self.penalties if rank() == 0 else ():  # once, however a step is cut
             penalty().backward()
-        add_up_gradients(self.parameters.values())
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        grad_norm = nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=device)
+        fill_gradients(self.parameters.values())
+        gradients = gradients_of(self.parameters.values(), self.flats)
+        add_up_gradients(gradients)
+        grad_norm = norm_of(gradients) if gradients else torch.zeros((), device=device)
         loss = add_up(torch.stack(shares).sum() if shares else torch.zeros((), device=device))
         if not torch.isfinite(torch.stack([loss, grad_norm.to(loss)])).all():
             self._refuse(step, micros, batches, norm, loss)
@@ -96,9 +109,8 @@ class Stepper:
                 sum(self.objective.size(row) for rows in micros for row in rows), device=device
             )
         )
-        return Sums(
-            loss.item(), grad_norm, int(tokens), sum(float(count) for count in norm.values())
-        )
+        trained_tokens = sum(float(count) for count in norm.values())
+        return Sums(loss.item(), grad_norm, int(tokens), trained_tokens, gradients)
 
     def _reseed(self, step: int, micro: int) -> None:
         # numbered over all ranks, as they are dealt: two ranks draw what one would have drawn
