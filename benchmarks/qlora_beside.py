@@ -269,7 +269,7 @@ def fast_paths_of(model: Any, loss_of: Callable[[torch.Tensor], Any]) -> Iterato
     """Put the fast paths of a run on the model, as `inlay train` does."""
     from inlay.model.accelerate import accelerated
     from inlay.model.blocks import fast_blocks
-    from inlay.train.evaluate import inference
+    from inlay.model.fast import inference
 
     @torch.no_grad()
     def run() -> None:

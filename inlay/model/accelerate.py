@@ -47,6 +47,13 @@ def accelerated(model: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
             host.fast = path
 
 
+def by_nodes(model: nn.Module) -> list[Inlaid]:
+    """Return the hosts of `model` whose active adapter is computed by a fast path now."""
+    paths = {m: m.fast for m in model.modules() if isinstance(m, Inlaid)}
+    nodes = {host: path for host, path in paths.items() if isinstance(path, partial)}
+    return [host for host, path in nodes.items() if cast(Any, path.func).__self__.takes(*path.args)]
+
+
 def fed_alike(hosts: Sequence[Inlaid], run: Callable[[], Any]) -> list[list[Inlaid]]:
     """Return the hosts in groups that one tensor is fed to in turn, as `run` shows; else alone."""
     calls: list[tuple[Inlaid, Tensor]] = []  # which holds the tensors, so that none lends its place
@@ -98,6 +105,12 @@ class Node:
             if one is not None and dtype is not None:
                 return self._collect(index, one, sites, x, dtype)
         return host.stack(names)(x, *args, **kwargs)
+
+    def takes(self, index: int) -> bool:
+        """Return whether this computes the active adapter of the host of that number."""
+        chosen = self.hosts[index].selection
+        plain = chosen.merged or chosen.rows is not None or len(chosen.active) != 1
+        return not plain and self.sites(chosen.active[0])[index] is not None
 
     def sites(self, name: str) -> list[Site | None]:
         """Return the sites of the adapter of that name, None where a host's is not for the node."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from inlay.core.errors import UserError
 from inlay.data.example import IGNORED, Example
-from inlay.train.evaluate import inference
+from inlay.model.fast import inference
 from inlay.train.precision import device_of
 
 PROMPTS, TOKENS = 16, 32

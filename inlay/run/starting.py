@@ -22,12 +22,12 @@ from inlay.config.schema import RunConfig
 from inlay.methods._starts import EvaConfig
 from inlay.methods.lora import Lora, LoraConfig
 from inlay.model import eva, observe
+from inlay.model.fast import inference
 from inlay.model.roster import Roster
 from inlay.model.starts import attach
 from inlay.run.folder import START
 from inlay.surface.peft_model import follow_base
 from inlay.train.distributed import rank, wait
-from inlay.train.evaluate import inference
 from inlay.train.order import Order, seed_of
 from inlay.train.precision import autocast, device_of
 from inlay.train.settings import TrainConfig

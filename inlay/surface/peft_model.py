@@ -63,9 +63,12 @@ class PeftModel(nn.Module):
         """Set as any module does; a `forward` to stand in for this one is set on the base.
 
         Trainers put a forward of their own in a model's place, which calls `self.base_model` for
-        the layers below its head: a model of transformers is what they mean.
+        the layers below its head: a model of transformers is what they mean. accelerate, which
+        puts autocast around a forward and notes the original, means this one.
         """
-        if name == "forward" and isinstance(value, types.MethodType) and value.__self__ is self:
+        bound = isinstance(value, types.MethodType) and value.__self__ is self
+        own = "_original_forward" in vars(self)
+        if name == "forward" and bound and not own and value.__func__ is not type(self).forward:
             self.base_model.exchange(value.__func__)
         else:
             super().__setattr__(name, value)

@@ -19,8 +19,8 @@ from inlay.data.chats import question
 from inlay.data.rows import Chat, Completion
 from inlay.data.template import RenderError, Template
 from inlay.data.tokens import Tokens
+from inlay.model.fast import inference
 from inlay.model.load import most_tokens
-from inlay.train.evaluate import inference
 from inlay.train.precision import autocast, device_of
 
 

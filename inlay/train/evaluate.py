@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from inlay.model.fast import inference
 from inlay.train.distributed import add_up, rank, world
 from inlay.train.precision import autocast, device_of
 from inlay.train.step import total_counts
@@ -57,15 +57,3 @@ def evaluate_loss(
             with autocast(precision, device):
                 total += objective.loss(model, batch, norm).float()
     return Score(float(add_up(total)), sum(float(count) for count in norm.values()))
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off for the length of a `with` block; each module's own mode is put back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

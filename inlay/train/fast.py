@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inlay.model.accelerate import accelerated
-from inlay.model.attention import packed_attention
-from inlay.model.blocks import fast_blocks
-from inlay.train.evaluate import inference
+from inlay.model import fast
 from inlay.train.precision import autocast, device_of
 
 TOKENS = 16
@@ -29,17 +26,14 @@ def fast_paths(
     row: an example, whose first tokens show what each layer is fed.
     """
 
-    @torch.no_grad()
     def run() -> None:
         batch = _beginning(objective.collate([row], tokenizer)).to(device_of(model))
-        with inference(model), autocast(precision, device_of(model)):
+        with autocast(precision, device_of(model)):
             objective.loss(model, objective.prepare(model, batch), objective.counts(batch))
 
-    run()  # what an objective tries of a model the first time is not to be seen below
-    with ExitStack() as stack:
-        stack.enter_context(accelerated(model, run))
-        stack.enter_context(fast_blocks(model, run))
-        stack.enter_context(packed_attention(model))
+    with torch.no_grad(), fast.inference(model):
+        run()  # what an objective tries of a model the first time is not to be seen below
+    with fast.fast_paths(model, run):
         yield
 
 

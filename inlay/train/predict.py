@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from inlay.train.evaluate import inference
+from inlay.model.fast import inference
 from inlay.train.precision import autocast, device_of
 
 

@@ -16,7 +16,7 @@ from inlay.core.errors import UserError
 from inlay.data.pack import check_packable
 from inlay.model import checkpointing
 from inlay.model.attention import packed_attention
-from inlay.train.evaluate import inference
+from inlay.model.fast import inference
 from inlay.train.precision import device_of
 from inlay.train.settings import TrainConfig
 

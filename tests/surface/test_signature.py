@@ -73,6 +73,23 @@ def test_inputs_by_position_are_the_models_own(tiny_llama: Any) -> None:
     torch.testing.assert_close(model(ids, mask, places).logits, told, rtol=0, atol=0)
 
 
+def test_mixed_precision_is_put_around_the_model_itself(tiny_llama: Any) -> None:
+    """Another forward in its place, as TRL puts one there, is still the base's."""
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = adapted(tiny_llama, init_lora_weights=False), torch.arange(3, 9)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(input_ids=ids).logits
+    accelerate.state.AcceleratorState._reset_state()  # of the trainers above, which it would share
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare(model)
+    found = prepared(input_ids=ids).logits
+    accelerate.state.AcceleratorState._reset_state()
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected.float())
+    assert accelerator.unwrap_model(prepared, keep_fp32_wrapper=False) is model
+    torch.testing.assert_close(model(input_ids=ids).logits, expected.float(), rtol=0.1, atol=0.1)
+
+
 def test_a_compiled_model_is_the_model(tiny_llama: Any) -> None:
     model = adapted(tiny_llama, init_lora_weights=False).eval()
     ids = torch.arange(3, 9)[None]
