@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -118,6 +120,18 @@ def test_the_public_names_are_these() -> None:
 @pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_every_public_name_can_be_imported(name: str) -> None:
     assert getattr(inlay, name) is not None
+
+
+def test_the_stub_takes_every_name_from_where_it_is_imported() -> None:
+    stub = Path(inlay.__file__).with_suffix(".pyi")
+    told = {
+        alias.asname: (node.module, alias.name)
+        for node in ast.parse(stub.read_text("utf-8")).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    home = {**inlay._HOME, "train": "inlay.run"}
+    assert told == {name: (module, name) for name, module in home.items()}
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
