@@ -72,6 +72,7 @@ _MODULES = {
     "inlay.methods.waveft": ["WaveFTConfig"],
     "inlay.methods.xlora": ["XLoraConfig"],
     "inlay.model.load": ["load_base"],
+    "inlay.objectives.tokens": ["causal_lm_loss"],
     "inlay.run": ["Run"],
     "inlay.surface.auto": [
         "AutoPeftModel",
@@ -83,6 +84,7 @@ _MODULES = {
         "AutoPeftModelForTokenClassification",
     ],
     "inlay.surface.config": ["PeftConfig", "get_peft_config"],
+    "inlay.surface.fast": ["fast"],
     "inlay.surface.functions": [
         "convert_to_lora",
         "extract_lora",

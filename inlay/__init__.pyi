@@ -58,6 +58,7 @@ from inlay.methods.vera import VeraConfig as VeraConfig
 from inlay.methods.waveft import WaveFTConfig as WaveFTConfig
 from inlay.methods.xlora import XLoraConfig as XLoraConfig
 from inlay.model.load import load_base as load_base
+from inlay.objectives.tokens import causal_lm_loss as causal_lm_loss
 from inlay.run import Run as Run
 from inlay.run import train as train
 from inlay.surface.auto import AutoPeftModel as AutoPeftModel
@@ -77,6 +78,7 @@ from inlay.surface.auto import (
 )
 from inlay.surface.config import PeftConfig as PeftConfig
 from inlay.surface.config import get_peft_config as get_peft_config
+from inlay.surface.fast import fast as fast
 from inlay.surface.functions import convert_to_lora as convert_to_lora
 from inlay.surface.functions import extract_lora as extract_lora
 from inlay.surface.functions import get_peft_model_state_dict as get_peft_model_state_dict

@@ -66,6 +66,19 @@ def find_output(model: nn.Module, call: Mapping[str, Any]) -> Output | None:
     return None if form is None else Output(head, *form)
 
 
+def shortened(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of one row of a few tokens, for what is to be tried."""
+    rows, length = call["input_ids"].shape
+
+    def short(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.shape[:2] == (rows, length):
+            return value[:1, :TRIED]
+        by_row = isinstance(value, Tensor | list | tuple) and len(value) == rows
+        return value[:1] if by_row else value
+
+    return {name: short(value) for name, value in call.items()}
+
+
 def takes_positions(model: nn.Module) -> bool:
     """Return whether a model can be asked for the logits of some positions alone."""
     return "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
@@ -97,13 +110,7 @@ def _head_of(model: nn.Module) -> nn.Linear | None:
 
 @torch.no_grad()
 def _try(model: nn.Module, head: nn.Linear, call: Mapping[str, Any]) -> _Form | None:
-    ids = call["input_ids"]
-    short = {
-        name: value[:1, :TRIED]
-        if isinstance(value, Tensor) and value.shape[:2] == ids.shape
-        else value
-        for name, value in call.items()
-    }
+    ids, short = call["input_ids"], shortened(call)
     # what is drawn on the way, such as dropout, is not drawn from the run
     with torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []):
         try:
