@@ -9,6 +9,7 @@ counted after it. B rows, S positions, N trained positions, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -145,7 +146,7 @@ def _gives_their_mean(model: nn.Module, call: Mapping[str, Any], output: Output)
     # accelerate puts an autocast of its own around a model's forward
     half = torch.is_autocast_enabled(ids.device.type) or "forward" in vars(model)
     near = 0.02 if half or output.head.weight.dtype.itemsize < 4 else 1e-4
-    return abs(own - mean) <= near * abs(own)
+    return math.isclose(own, mean, rel_tol=near)
 
 
 def _is_changed(model: nn.Module, call: Mapping[str, Any]) -> bool:

@@ -64,7 +64,7 @@ class FastPaths:
         """Say what `stack` takes off again; `fast` does."""
         self._model, self._stack = model, stack
         self.blocks = blocks
-        """The norms and gated MLPs that compute in one pass each."""
+        """The norms, gated MLPs and the like that compute in a form of their own."""
         self.attention = attention
         """Whether the attention of rows without padding is ours, where the layers let it."""
 
@@ -90,8 +90,8 @@ class FastPaths:
         """Return how much of the model is fast."""
         adapted = sum(isinstance(module, Inlaid) for module in self._model.modules())
         return (
-            f"FastPaths({len(self.layers)} of {adapted} adapted layers, {len(self.blocks)} norms "
-            f"and gated MLPs, attention: {self.attention})"
+            f"FastPaths({len(self.layers)} of {adapted} adapted layers, {len(self.blocks)} blocks, "
+            f"attention: {self.attention})"
         )
 
 
