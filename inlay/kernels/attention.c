@@ -8,7 +8,8 @@
 // arXiv:2307.08691, in blocks that stay in the second-level cache).  One task is a row and a head of
 // keys, which are packed once for all heads of queries that share them.  Scores are computed
 // transposed, [n][m], so that a softmax runs down whole vectors of queries, and what is masked is
-// left out by STEPs of queries.
+// left out by STEPs of queries.  Where there is a rotation, queries and keys turn when they are
+// packed, and their gradients turn back when they are written.
 
 #include <math.h>
 
@@ -22,6 +23,7 @@ typedef struct {
     const void *q, *k, *v, *grad, *out;       // grad is that of out; both for the backward pass
     void *o, *dq, *dk, *dv;                   // contiguous
     float *lse;                               // [heads, T], base 2
+    const float *cos, *sin;                   // [tokens, width], by which q and k turn; 0: by none
     const int32_t *starts;                    // [rows + 1]
     const int32_t *order;                     // [rows], the longest first
     float *scratch;                           // threads * share
@@ -87,7 +89,17 @@ static Tokens tokens(const Task *t, const void *at, int64_t token, int64_t head,
                      int64_t from, int64_t count) {
     const int64_t size = t->call->bf16 ? 2 : 4;
     const char *start = (const char *)at + ((t->first + from) * token + head * stride) * size;
-    return (Tokens){start, token, t->call->width, count, t->call->bf16};
+    return (Tokens){start, token, t->call->width, count, t->call->bf16, 0, 0};
+}
+
+// those that a rotation turns
+static Tokens turning(const Task *t, const void *at, int64_t token, int64_t head, int64_t stride,
+                      int64_t from, int64_t count) {
+    Tokens found = tokens(t, at, token, head, stride, from, count);
+    if (!t->call->cos) return found;
+    found.cos = t->call->cos + (t->first + from) * t->call->width;
+    found.sin = t->call->sin + (t->first + from) * t->call->width;
+    return found;
 }
 
 INLINE void scores(int pairs, const Task *t, const Block *b, const unit *rows, const unit *queries,
@@ -138,7 +150,7 @@ INLINE void forward_block(int pairs, const Task *t, int64_t head, int64_t first,
     const Call *call = t->call;
     const int64_t count = t->count - first < BLOCK ? t->count - first : BLOCK;
     const Block b = {first, up(count, STEP), call->window};
-    const Tokens q = tokens(t, call->q, call->q_token, head, call->q_head, first, count);
+    const Tokens q = turning(t, call->q, call->q_token, head, call->q_head, first, count);
     float most[BLOCK], sum[BLOCK], kept[BLOCK];
     by_rows(pairs, &q, b.columns, t->units, rows);
     transposed(rows, b.columns, t->units, queries);
@@ -268,7 +280,7 @@ INLINE void backward_block(int pairs, const Task *t, int64_t head, int64_t first
     const int64_t count = t->count - first < BLOCK ? t->count - first : BLOCK;
     const Block b = {first, up(count, STEP), call->window};
     const int64_t stride = call->heads * call->width;
-    const Tokens q = tokens(t, call->q, call->q_token, head, call->q_head, first, count);
+    const Tokens q = turning(t, call->q, call->q_token, head, call->q_head, first, count);
     const Tokens out = tokens(t, call->out, stride, head, call->width, first, count);
     const Tokens grad =
         tokens(t, call->grad, call->grad_token, head, call->grad_head, first, count);
@@ -286,6 +298,7 @@ INLINE void backward_block(int pairs, const Task *t, int64_t head, int64_t first
     const int64_t last = first + b.columns;
     for (int64_t n0 = keys_from(&b, 0); n0 < last; n0 += BLOCK)
         backward_keys(pairs, t, &b, x, n0, n0 + BLOCK < last ? n0 + BLOCK : last);
+    if (q.cos) turn_back(q.cos, q.sin, t->deep, count, call->width, x->dq);
     unpack(x->dq, t->deep, count, call->width, stride, call->bf16, 0, call->scale, call->dq,
            (t->first + first) * stride + head * call->width);
 }
@@ -318,6 +331,10 @@ INLINE void backward(int pairs, Task *t) {
             backward_block(pairs, t, h, first, &x);
     const int64_t stride = call->kv_heads * call->width;
     const int64_t offset = t->first * stride + t->head * call->width;
+    if (call->cos) {
+        const int64_t at = t->first * call->width;
+        turn_back(call->cos + at, call->sin + at, t->deep, t->count, call->width, t->dk);
+    }
     unpack(t->dk, t->deep, t->count, call->width, stride, call->bf16, 0, call->scale, call->dk,
            offset);
     unpack(t->dv, t->deep, t->count, call->width, stride, call->bf16, 0, 1.0f, call->dv, offset);
@@ -333,7 +350,7 @@ INLINE void perform(int pairs, const Call *call, int64_t index, float *scratch) 
     t.units = t.deep / (1 + pairs);
     t.keys = (unit *)take(&t.rest, t.padded * t.units);
     t.values = (unit *)take(&t.rest, t.padded * t.units);
-    const Tokens k = tokens(&t, call->k, call->k_token, t.head, call->k_head, 0, t.count);
+    const Tokens k = turning(&t, call->k, call->k_token, t.head, call->k_head, 0, t.count);
     const Tokens v = tokens(&t, call->v, call->v_token, t.head, call->v_head, 0, t.count);
     by_rows(pairs, &k, t.padded, t.units, t.keys);
     by_rows(pairs, &v, t.padded, t.units, t.values);

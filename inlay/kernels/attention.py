@@ -3,9 +3,10 @@
     S = cap tanh(Q K^T scale / cap)     P = softmax(S)     O = P V
 
 q [T, heads, D], k and v [T, kv_heads, D], T the tokens of all rows; a head of keys serves heads /
-kv_heads of queries. On the CPU `attention.c` computes it, forward and backward (FlashAttention-2,
-arXiv:2307.08691), in float32 and bfloat16; the scores are never whole, and rows do not grow to the
-longest. Elsewhere torch's varlen_attn does, and where neither can, the eager twin, row by row.
+kv_heads of queries. Queries and keys may be rotated first (RoPE, arXiv:2104.09864). On the CPU
+`attention.c` computes it, forward and backward (FlashAttention-2, arXiv:2307.08691), in float32 and
+bfloat16; the scores are never whole, and rows do not grow to the longest. Elsewhere torch's
+varlen_attn does, and where neither can, the eager twin, row by row.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from inlay.kernels.scratch import SCRATCH
 WIDEST = 256
 """Numbers of a head at most, in the compiled code and in torch's varlen_attn."""
 MOST_THREADS = 64
+Rotation = tuple[Tensor, Tensor]
+"""The cosines and the sines that a token's numbers are rotated by: float32 [T, D], D even."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +76,13 @@ def attention(
     scale: float,
     window: int | None = None,
     cap: float | None = None,
+    rotation: Rotation | None = None,
 ) -> Tensor:
     """Return O [T, heads, D], in the dtype that q, k and v share.
 
     scale: over 0. window: a token sees that many tokens, itself among them; None: all of its row.
-    cap: scores are squeezed between -cap and cap; None: they are not.
+    cap: scores are squeezed between -cap and cap; None: they are not. rotation: the cosines and
+    sines that turn q and k (`rotated`); None: they are as they are to be.
     """
     assert q.shape[0] == k.shape[0] == v.shape[0] == rows.bounds[-1]
     assert k.shape == v.shape
@@ -87,10 +92,23 @@ def attention(
         window = None
     if compiled(q, k, v):
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        return _Attention.apply(q, k, v, rows, scale, window or 0, cap or 0.0)
+        return _Attention.apply(q, k, v, rows, scale, window or 0, cap or 0.0, rotation)
+    if rotation is not None:
+        q, k = rotated(q, rotation), rotated(k, rotation)
     if cap is None and _varlen_takes(q, k, v):
         return _varlen(q, k, v, rows, scale, window)
     return eager(q, k, v, rows, scale=scale, window=window, cap=cap)
+
+
+def rotated(x: Tensor, rotation: Rotation) -> Tensor:
+    """Return x cos + (-second half, first half of x) sin, of x [T, heads, D], computed in float32.
+
+    In float64 where x is.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    cos, sin = (t.to(wide.dtype)[:, None] for t in rotation)
+    first, second = wide.chunk(2, -1)
+    return (wide * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
 
 
 def compiled(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -190,15 +208,16 @@ class _Attention(torch.autograd.Function):
         scale: float,
         window: int,
         cap: float,
+        rotation: Rotation | None,
     ) -> Tensor:
         """Return O; of the scores, their logsumexp [heads, T] is kept, in base 2."""
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[1], q.shape[0])
-        call = _call(q, k, v, rows, lse, scale, window, cap)
+        call = _call(q, k, v, rows, lse, scale, window, cap, rotation)
         call.o = out.data_ptr()
         _functions().inlay_attention(ctypes.byref(call))
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rows, ctx.settings = rows, (scale, window, cap)
+        ctx.rows, ctx.settings = rows, (scale, window, cap, rotation)
         return out
 
     @staticmethod
@@ -213,10 +232,11 @@ class _Attention(torch.autograd.Function):
         call.grad_token, call.grad_head = grad.stride()[:2]
         call.dq, call.dk, call.dv = (t.data_ptr() for t in found)
         _functions().inlay_attention(ctypes.byref(call))
-        return *found, None, None, None, None
+        return *found, None, None, None, None, None
 
 
-POINTERS = ("q", "k", "v", "grad", "out", "o", "dq", "dk", "dv", "lse", "starts", "order")
+POINTERS = ("q", "k", "v", "grad", "out", "o", "dq", "dk", "dv", "lse")
+ROWS = ("cos", "sin", "starts", "order")
 WHOLE = (
     *("rows", "tokens", "heads", "kv_heads", "width", "window"),
     *("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "grad_token", "grad_head"),
@@ -228,7 +248,7 @@ class _Call(ctypes.Structure):
     """`Call` of attention.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in (*POINTERS, "scratch")),
+        *((name, ctypes.c_void_p) for name in (*POINTERS, *ROWS, "scratch")),
         *((name, ctypes.c_int64) for name in WHOLE),
         ("scale", ctypes.c_float),
         ("cap", ctypes.c_float),
@@ -236,7 +256,15 @@ class _Call(ctypes.Structure):
 
 
 def _call(
-    q: Tensor, k: Tensor, v: Tensor, rows: Rows, lse: Tensor, scale: float, window: int, cap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Rows,
+    lse: Tensor,
+    scale: float,
+    window: int,
+    cap: float,
+    rotation: Rotation | None,
 ) -> Any:
     """Return what both passes tell; its scratch is this thread's, until the next kernel."""
     functions = _functions()
@@ -244,6 +272,11 @@ def _call(
     threads = min(torch.get_num_threads(), MOST_THREADS)
     share = functions.inlay_attention_scratch(rows.longest, width)
     names = {"q": q, "k": k, "v": v, "lse": lse, "starts": rows.starts, "order": rows.order}
+    if rotation is not None:
+        names["cos"], names["sin"] = rotation
+        assert all(t.shape == (tokens, width) and t.dtype == torch.float32 for t in rotation)
+        assert all(t.is_contiguous() for t in rotation)
+        assert width % 2 == 0
     half = q.dtype == torch.bfloat16
     return _Call(
         **{name: tensor.data_ptr() for name, tensor in names.items()},

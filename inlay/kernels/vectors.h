@@ -185,7 +185,11 @@ INLINE void product(int pairs, const unit *a, int64_t ar, int64_t ak, const unit
 // --- packing -----------------------------------------------------------------------------------
 
 // a head's tokens: `count` of `width` numbers, `stride` numbers apart; zeros after them
-typedef struct { const char *at; int64_t stride, width, count, bf16; } Tokens;
+typedef struct {
+    const char *at;
+    int64_t stride, width, count, bf16;
+    const float *cos, *sin;  // [count][width], by which they are rotated when packed; 0: they are not
+} Tokens;
 
 // the sum of what two heads have at a token, times each other
 static float dot(const Tokens *a, const Tokens *b, int64_t row) {
@@ -204,10 +208,51 @@ static float dot(const Tokens *a, const Tokens *b, int64_t row) {
     return sum;
 }
 
+// x cos + (-second half, first half of x) sin
+MADE turn(const char *x, const float *cos, const float *sin, int64_t width, const int half,
+          float *out) {
+    const int64_t h = width / 2;
+    EACH for (int64_t i = 0; i < h; i++) {
+        const float a = LOAD(x, i), b = LOAD(x, i + h);
+        out[i] = a * cos[i] - b * sin[i];
+        out[i + h] = b * cos[i + h] + a * sin[i + h];
+    }
+}
+
+static void turned(const Tokens *t, int64_t n, float *out) {
+    const float *cos = t->cos + n * t->width, *sin = t->sin + n * t->width;
+    const char *x = t->at + n * t->stride * (t->bf16 ? 2 : 4);
+    if (t->bf16) turn(x, cos, sin, t->width, 1, out);
+    else turn(x, cos, sin, t->width, 0, out);
+}
+
+// the gradient of what `turned` gives -> that of what it takes, in place: `count` rows of sums
+static void turn_back(const float *cos, const float *sin, int64_t wide, int64_t count,
+                      int64_t width, float *sums) {
+    const int64_t h = width / 2;
+    for (int64_t n = 0; n < count; n++, sums += wide, cos += width, sin += width)
+        EACH for (int64_t i = 0; i < h; i++) {
+            const float a = sums[i], b = sums[i + h];
+            sums[i] = a * cos[i] + b * sin[i + h];
+            sums[i + h] = b * cos[i + h] - a * sin[i];
+        }
+}
+
 // [rows][units]: units along d
 static void by_rows(int pairs, const Tokens *t, int64_t rows, int64_t units, unit *out) {
     for (int64_t n = 0; n < rows; n++, out += units) {
         const int64_t here = n < t->count ? t->width : 0;
+        if (here && t->cos) {
+            float x[WIDEST];
+            turned(t, n, x);
+            if (pairs)
+                for (int64_t d = 0; d < here; d++) ((uint16_t *)out)[d] = narrow(x[d]);
+            else
+                memcpy(out, x, here * 4);
+            const int64_t size = pairs ? 2 : 4;
+            memset((char *)out + here * size, 0, units * 4 - here * size);
+            continue;
+        }
         if (pairs || !t->bf16) {
             const int64_t size = t->bf16 ? 2 : 4;
             memcpy(out, t->at + n * t->stride * size, here * size);

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.kernels import attention as kernel
-from inlay.kernels.attention import Rows
+from inlay.kernels.attention import Rotation, Rows
 
 PREFIX = "inlay_packed_"
 REPLACED = ("sdpa", "eager")
@@ -64,12 +64,26 @@ class Packed:
         self.rows, self.window = rows, window
         self._make: Callable[[], Any] | None = make
         self._mask: Any = None
+        self._turning: tuple[Tensor, Rotation] | None = None
 
     def mask(self) -> Any:
         """Return the mask that this stands for, made once."""
         if self._make is not None:
             self._mask, self._make = self._make(), None
         return self._mask
+
+    def hear(self, made: tuple[Tensor, Tensor, Tensor], told: dict[str, Any]) -> None:
+        """Take note of the q, k and v of these rows, and of what attention is told beside them."""
+
+    def rotation(self, given: Rotation) -> Rotation:
+        """Return the cosines and sines [1 or B, T, D] of all B T tokens, made once for layers."""
+        if self._turning is None or self._turning[0] is not given[0]:
+            tokens = self.rows.bounds[-1]
+            cos, sin = (
+                t.float().expand(tokens // t.shape[1], -1, -1).reshape(tokens, -1) for t in given
+            )
+            self._turning = given[0], (cos, sin)
+        return self._turning[1]
 
 
 def recognized(
@@ -103,6 +117,14 @@ def recognized(
         return None
     starts = [*begins.nonzero()[:, 0].tolist(), len(query)]
     return Rows.of([b - a for a, b in pairwise(starts)], device)
+
+
+def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors in the dtype that autocast computes attention in, where it is on."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 
 
 def _configurations(model: nn.Module) -> list[Any]:
@@ -160,6 +182,7 @@ def _attention_over(implementation: str) -> Callable[..., Any]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **told: Any
     ) -> Any:
         if isinstance(mask, Packed):
+            mask.hear((query, key, value), told)
             out = _packed(query, key, value, mask, **told)
             if out is not None:
                 return out, None
@@ -188,10 +211,7 @@ def _packed(
     As scaled_dot_product_attention does, this computes in autocast's dtype.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = (t.to(dtype) for t in (query, key, value))
+    query, key, value = in_autocast(query, key, value)
     more = [name for name, value in told.items() if value is not None and value is not False]
     alike = query.dtype == key.dtype == value.dtype and key.shape == value.shape
     length = query.shape[0] * query.shape[2]

@@ -30,15 +30,8 @@ def fast_blocks(model: nn.Module, run: Callable[[], Any]) -> Iterator[list[nn.Mo
     run: makes one forward pass of the model, without gradient and dropout. Modules whose own
     parameters train are left alone, and so are those that were given a forward of their own.
     """
-    found = recognized(model, run)
-    for module, form in found.items():
-        module.forward = form
-    try:
-        yield list(found)
-    finally:
-        for module, form in found.items():
-            if vars(module).get("forward") is form:  # and not what was set over it meanwhile
-                del module.forward
+    with placed(proved(model, run, _forms)) as modules:
+        yield modules
 
 
 class Form:
@@ -60,36 +53,56 @@ class Form:
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
-def recognized(model: nn.Module, run: Callable[[], Any]) -> dict[nn.Module, Form]:
-    """Return the fast form of each module that has one, as proved on what `run` feeds it."""
+def proved(
+    model: nn.Module,
+    run: Callable[[], Any],
+    forms: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], list[Form]],
+) -> dict[nn.Module, Form]:
+    """Return the fast form of each module that has one, as proved on what `run` feeds it.
+
+    forms: what a module that is called with these arguments may compute.
+    """
     within = {child for m in model.modules() if isinstance(m, Host) for child in m.modules()}
-    forms = {m: _forms(m) for m in model.modules() if m not in within and "forward" not in vars(m)}
-    candidates = {module: found for module, found in forms.items() if found}
-    proved: dict[nn.Module, Form] = {}
+    found: dict[nn.Module, Form] = {}
     wrong: set[nn.Module] = set()
 
-    def prove(module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
-        fits = None
-        if len(args) == 1 and not kwargs and isinstance(out, Tensor):
-            tried = [proved[module]] if module in proved else candidates[module]
-            fits = next((form for form in tried if _same(form(args[0]), out)), None)
+    def prove(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if module in wrong:
+            return
+        tried = [found[module]] if module in found else forms(module, args, kwargs)
+        fits = next((form for form in tried if same(form(*args, **kwargs), out)), None)
         if fits is None:
             wrong.add(module)
+            found.pop(module, None)
         else:
-            proved[module] = fits
+            found[module] = fits
 
-    hooks = [m.register_forward_hook(prove, with_kwargs=True) for m in candidates]
+    able = [m for m in model.modules() if m not in within and "forward" not in vars(m)]
+    hooks = [module.register_forward_hook(prove, with_kwargs=True) for module in able]
     try:
         run()
     finally:
         for hook in hooks:
             hook.remove()
-    return {module: form for module, form in proved.items() if module not in wrong}
+    return found
 
 
-def _forms(module: nn.Module) -> list[Form]:
+@contextmanager
+def placed(forms: dict[nn.Module, Form]) -> Iterator[list[nn.Module]]:
+    """Let modules compute by these forms for a `with` block; yields the modules."""
+    for module, form in forms.items():
+        module.forward = form
+    try:
+        yield list(forms)
+    finally:
+        for module, form in forms.items():
+            if vars(module).get("forward") is form:  # and not what was set over it meanwhile
+                del module.forward
+
+
+def _forms(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Form]:
     """Return what `module` may compute, judged by its parts."""
-    return _norms(module) or _mlps(module)
+    return (_norms(module) or _mlps(module)) if len(args) == 1 and not kwargs else []
 
 
 def _norms(module: nn.Module) -> list[Form]:
@@ -108,7 +121,7 @@ def _norm(module: Any, x: Tensor, eps: float, plus_one: bool) -> Tensor:
 
 def _mlps(module: nn.Module) -> list[Form]:
     children = dict(module.named_children())
-    linears = {n: _below(m) for n, m in children.items() if isinstance(_below(m), nn.Linear)}
+    linears = {n: below(m) for n, m in children.items() if isinstance(below(m), nn.Linear)}
     others = [name for name in children if name not in linears]
     function = _function(children[others[0]]) if len(others) == 1 else None
     if function is None:
@@ -146,7 +159,8 @@ def _joint(module: Any, x: Tensor, both: str, down: str, act: str, function: Gat
     return cast(Tensor, parts[down](gated(gate, up, function)))
 
 
-def _below(module: nn.Module) -> Any:
+def below(module: nn.Module) -> Any:
+    """Return the layer that a host stands for, or the module itself."""
     return module.base_layer if isinstance(module, Host) else module
 
 
@@ -167,7 +181,12 @@ def _function(module: nn.Module) -> Gate | None:
     return None
 
 
-def _same(found: Tensor, wanted: Tensor) -> bool:
+def same(found: Any, wanted: Any) -> bool:
+    """Return whether two outputs, tensors or tuples of them, are as near as two forms may be."""
+    if isinstance(found, tuple) and isinstance(wanted, tuple):
+        return len(found) == len(wanted) and all(map(same, found, wanted))
+    if not isinstance(found, Tensor) or not isinstance(wanted, Tensor):
+        return found is wanted
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
         return False
     apart = (found - wanted).float().norm()

@@ -13,6 +13,7 @@ from inlay.core.inlaid import Inlaid
 from inlay.model.accelerate import accelerated
 from inlay.model.attention import packed_attention
 from inlay.model.blocks import Form, fast_blocks
+from inlay.model.rotation import rotating_attention
 
 
 @contextmanager
@@ -20,8 +21,8 @@ def fast_paths(model: nn.Module, run: Callable[[], Any]) -> Iterator[tuple[list[
     """Let `model` compute by fast paths for a `with` block; the results are those of the plain.
 
     run: makes one forward pass of the model, which shows what each part is fed; here it is called
-    without gradient and dropout. Yields the norms and gated MLPs that compute in one pass, and
-    whether attention takes rows as they are.
+    without gradient and dropout. Yields the norms, gated MLPs and attention blocks that compute in
+    a form of their own, and whether attention takes rows as they are.
     """
 
     def quietly() -> None:
@@ -31,7 +32,10 @@ def fast_paths(model: nn.Module, run: Callable[[], Any]) -> Iterator[tuple[list[
     with ExitStack() as stack:
         stack.enter_context(accelerated(model, quietly))
         blocks = stack.enter_context(fast_blocks(model, quietly))
-        yield blocks, stack.enter_context(packed_attention(model))
+        packed = stack.enter_context(packed_attention(model))
+        if packed:
+            blocks = blocks + stack.enter_context(rotating_attention(model, quietly))
+        yield blocks, packed
 
 
 def is_fast(model: nn.Module) -> bool:

@@ -23,8 +23,9 @@ def fast(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> F
     trained, moved and loaded; what a gradient of a gradient needs is not there (RuntimeError).
 
     example_inputs: arguments of a call, model(**example_inputs); a few tokens are enough. They are
-    computed twice, without gradient and dropout, to see what each part is fed. Left out, those
-    that transformers has for its models.
+    computed a few times, without gradient and dropout, to see what each part is fed. Left out, those
+    that transformers has for its models. Attention blocks take part that are called without a cache
+    for keys here and in training (use_cache=False).
 
     UserError: a model that has fast paths already; example inputs that are not given by name; none,
     where the model cannot be called with transformers' own.

@@ -61,6 +61,33 @@ def check(compute, lengths, heads, kv_heads, width, dtype, **settings):
         assert float(error) <= CLOSE[dtype] * float(wanted.detach().abs().max())
 
 
+@pytest.mark.parametrize("compute", [pytest.param("compiled", marks=needs_compiler), "eager"])
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+@pytest.mark.parametrize("width", [2, 6, 64, 80])
+def test_rotated_rows_are_those_of_rotated_queries_and_keys(width, dtype, compute, monkeypatch):
+    if compute == "eager":
+        monkeypatch.setattr(module, "compiled", lambda *_: False)
+    lengths, scale = [5, 70, 1, 130], 0.6 * width**-0.5
+    *given, grad = draw(lengths, 4, 2, width, dtype)
+    generator = torch.Generator().manual_seed(1)
+    # cosines and sines of their own for each number: nothing is shared between the halves
+    rotation = torch.randn(2, sum(lengths), width, generator=generator).unbind()
+    ours = [t.clone().requires_grad_() for t in given]
+    out = attention(*ours, Rows.of(lengths), scale=scale, window=50, rotation=rotation)
+    out.backward(grad)
+    q, k, v = (t.double().requires_grad_() for t in given)
+    cos, sin = (t.double()[:, None] for t in rotation)
+    half = width // 2
+    turned = [t * cos + torch.cat((-t[..., half:], t[..., :half]), -1) * sin for t in (q, k)]
+    expected = plain(*turned, v, lengths, scale, window=50)
+    expected.backward(grad.double())
+    pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(ours, (q, k, v), strict=True))]
+    for found, wanted in pairs:
+        error = (found.detach().double() - wanted.detach()).abs().max()
+        assert found.dtype == dtype
+        assert float(error) <= CLOSE[dtype] * float(wanted.detach().abs().max())
+
+
 @needs_compiler
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
