@@ -29,7 +29,7 @@ from typing import Any
 from train_shapes import SHAPES, rows, useful_flop
 from train_sides import METHODS, SEED
 
-from inlay.cli._machine import processor
+from inlay.cli._machine import KEPT, PRODUCTS, processor
 
 HERE = Path(__file__).parent
 SIDES = ("inlay", "trl", "trl-free")
@@ -103,11 +103,12 @@ def measure(
 
 
 def settings(threads: int) -> dict[str, str]:
-    """Return the environment of both sides."""
+    """Return the environment of both sides: theirs of the machine is what `inlay train` sets."""
     return {
         **os.environ,
         "OMP_WAIT_POLICY": "passive",
         "OMP_NUM_THREADS": str(threads),
+        **dict.fromkeys(KEPT, str(PRODUCTS)),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",

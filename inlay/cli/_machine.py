@@ -2,7 +2,9 @@
 
 The OpenMP library reads its environment once, when torch loads it. By default a thread that has
 nothing to do goes on asking for work, which on a shared machine keeps those that have work from
-running; asleep, it costs microseconds to wake (docs/decisions/0013).
+running; asleep, it costs microseconds to wake (docs/decisions/0013). oneDNN, and torch's own layer
+over it, keep the programs of the last 1,024 products each, and a product of another number of
+tokens is another one: of a run's steps up to a gigabyte (docs/decisions/0020).
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 WAIT, THREADS = "OMP_WAIT_POLICY", "OMP_NUM_THREADS"
+KEPT = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+PRODUCTS = 64
+"""How many products' programs each of KEPT holds; a step of a decoder has about 60."""
 CPU, CGROUP = Path("/sys/devices/system/cpu"), Path("/sys/fs/cgroup")
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 """Flags of /proc/cpuinfo that say which arithmetic a processor has units for."""
@@ -26,7 +31,7 @@ def settle(environment: MutableMapping[str, str] = os.environ) -> str:
     """
     if "torch" in sys.modules:
         return ""
-    wanted = {WAIT: "passive", THREADS: str(cores())}
+    wanted = {WAIT: "passive", THREADS: str(cores()), **dict.fromkeys(KEPT, str(PRODUCTS))}
     # several processes on this machine share its cores out between them (torchrun)
     if "LOCAL_WORLD_SIZE" in environment:
         del wanted[THREADS]

@@ -26,6 +26,8 @@ from inlay.kernels.scratch import SCRATCH
 
 BUFFER = 64 << 20
 """Bytes of the logits that are there at a time."""
+MOST_FLOAT32 = 160
+"""Rows of them at most in float32, where a product takes new memory: it is as fast with fewer."""
 
 
 def linear_cross_entropy(
@@ -180,6 +182,8 @@ def _parts(head: Head, hidden: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]
     if not count:
         return
     most = max(1, BUFFER // (len(head.weight) * hidden.dtype.itemsize))
+    if hidden.dtype == torch.float32:
+        most = min(most, MOST_FLOAT32)
     parts = -(-count // most)
     size = -(-count // parts)
     weight, room = head.room(size, hidden.dtype)

@@ -19,7 +19,24 @@ SETTLED = (
     "from inlay.cli._machine import settle; print(settle());"
     "import torch; print(torch.get_num_threads())"
 )
-SET = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
+SET = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", *_machine.KEPT)
+GROWN = """
+import torch
+from pathlib import Path
+from torch.nn.functional import linear
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4 // 1024
+
+weight, x = torch.ones(256, 256, dtype=torch.bfloat16), torch.ones(500, 256, dtype=torch.bfloat16)
+with torch.no_grad():
+    linear(x[:99], weight)
+    before = resident()
+    for tokens in range(100, 500):
+        linear(x[:tokens], weight)
+print(resident() - before)
+"""
+"""Prints the MiB that products of 400 numbers of tokens leave behind."""
 
 
 def alone(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -37,7 +54,8 @@ def alone(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_torch_runs_as_was_settled_before_it_was_loaded():
     ran = alone("-c", SETTLED, OMP_DISPLAY_ENV="true")
     cores = _machine.cores()
-    told = f"set for this machine: OMP_WAIT_POLICY passive, OMP_NUM_THREADS {cores}"
+    told = f"set for this machine: OMP_WAIT_POLICY passive, OMP_NUM_THREADS {cores}, "
+    told += ", ".join(f"{name} {_machine.PRODUCTS}" for name in _machine.KEPT)
     assert ran.stdout.splitlines() == [told, str(cores)]
     # what the OpenMP library itself has read
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in ran.stderr
@@ -45,6 +63,7 @@ def test_torch_runs_as_was_settled_before_it_was_loaded():
 
 def test_what_the_user_has_set_stays():
     given = {"OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": "1"}
+    given |= dict.fromkeys(_machine.KEPT, "8")
     ran = alone("-c", SETTLED, OMP_DISPLAY_ENV="true", **given)
     assert ran.stdout.splitlines() == ["", "1"]
     assert "OMP_WAIT_POLICY = 'ACTIVE'" in ran.stderr
@@ -53,10 +72,10 @@ def test_what_the_user_has_set_stays():
 @pytest.mark.parametrize(
     ("environment", "told"),
     [
-        ({}, ["OMP_WAIT_POLICY", "OMP_NUM_THREADS"]),
-        ({"OMP_NUM_THREADS": "1"}, ["OMP_WAIT_POLICY"]),
-        ({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "active"}, []),
-        ({"LOCAL_WORLD_SIZE": "2"}, ["OMP_WAIT_POLICY"]),
+        ({}, ["OMP_WAIT_POLICY", "OMP_NUM_THREADS", *_machine.KEPT]),
+        ({"OMP_NUM_THREADS": "1"}, ["OMP_WAIT_POLICY", *_machine.KEPT]),
+        (dict.fromkeys(("OMP_NUM_THREADS", "OMP_WAIT_POLICY", *_machine.KEPT), "1"), []),
+        ({"LOCAL_WORLD_SIZE": "2"}, ["OMP_WAIT_POLICY", *_machine.KEPT]),
     ],
 )
 def test_only_what_is_not_set_is_set(monkeypatch, environment, told):
@@ -74,6 +93,18 @@ def test_once_torch_is_loaded_nothing_is_set():
 
     environment: dict[str, str] = {}
     assert (_machine.settle(environment), environment) == ("", {})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux counts")
+def test_products_of_ever_other_numbers_of_tokens_leave_less_behind():
+    unset, settled = (
+        int(alone("-c", first + GROWN, OMP_NUM_THREADS="1").stdout.split()[-1])
+        for first in ("", "from inlay.cli._machine import settle; print(settle())\n")
+    )
+    if unset < 64:
+        pytest.skip("torch keeps little of a product here")
+    assert settled < unset / 2
 
 
 @pytest.mark.parametrize(
