@@ -31,7 +31,11 @@ def facts(
         "base": [base(model)],
         "data": [*data.describe(), *cut(resolved, data)],
         "adapter": adapter(resolved, model),
-        "training": [*training(resolved, data, precision), batches(objective)],
+        "training": [
+            *training(resolved, data, precision),
+            batches(objective),
+            *compiling(resolved.config.train),
+        ],
     }
 
 
@@ -109,6 +113,12 @@ def batches(objective: Any) -> str:
     if getattr(objective, "packing", False):
         return "rows packed into one, without padding between them"
     return "rows padded to the longest of a micro-batch, those of like length together"
+
+
+def compiling(config: TrainConfig) -> list[str]:
+    """Return a line where layers are compiled, for the first steps then take long."""
+    told = "layers by torch.compile: the first steps, and the first evaluation, take a while longer"
+    return [told] if config.compile else []
 
 
 def apart(config: TrainConfig) -> str:

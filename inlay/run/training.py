@@ -33,6 +33,7 @@ from inlay.run.report import Report, Terminal
 from inlay.run.standing import clear, digests, look, no_junk, only_one
 from inlay.run.starting import Rows, begin, needs_rows, without_start
 from inlay.surface.tasks import get_peft_model
+from inlay.train.compiled import require_compilable
 from inlay.train.evaluate import Score
 from inlay.train.events import Events
 from inlay.train.loop import fit
@@ -129,6 +130,8 @@ class _Job:
             check_packable(base.config)  # before the rows are read
         self.loaded.redraw(config.train.seed)
         self.model = adapted(base, without_start(config))
+        if config.train.compile:
+            require_compilable(self.model)  # before the rows are read
         # what is measured outside of the training is not packed unless it was asked for
         self.measured = self.loaded.objective(config)
         self.objective, padded = choose_packing(self.model, self.measured, config.train)

@@ -20,6 +20,7 @@ from torch import nn
 
 from inlay.core.errors import UserError
 from inlay.model.ranks import Ranks, names_in_training, penalties
+from inlay.train.compiled import compiled
 from inlay.train.distributed import add_up, rank, world
 from inlay.train.evaluate import evaluate_loss
 from inlay.train.events import Events, memory_mb
@@ -58,8 +59,8 @@ def fit(
     Global random state and the model's mode are put back.
 
     Raises UserError: nothing to train or no rows; packing over a base that cannot keep rows apart;
-    a folder that holds another run; a full disk. NonFiniteError (a UserError): a NaN or infinite
-    loss or gradient, before it touched the weights.
+    a folder that holds another run; a full disk; layers that cannot be compiled. NonFiniteError (a
+    UserError): a NaN or infinite loss or gradient, before it touched the weights.
     """
     config.validate()
     if config.packing:
@@ -74,6 +75,9 @@ def fit(
         if config.fast:
             flats = stack.enter_context(flattened(run.optimizer, model))
             run.stepper = replace(run.stepper, flats=flats)
+        if config.compile:
+            stack.enter_context(compiled(model, by_rows=config.fast))
+        elif config.fast:
             how = (tokenizer, objective, train[0], run.stepper.precision)
             stack.enter_context(fast_paths(model, *how))
         run.restore() if resume else run.start()

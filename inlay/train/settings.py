@@ -60,6 +60,11 @@ class TrainConfig:
     fast: bool = True
     """Compute by fused paths, the same up to rounding; false = by the plain ones alone."""
 
+    compile: bool = False
+    """Compile the repeated layers by torch.compile, in place of the fused paths within them. The
+    first steps take up to a minute more; it pays in bfloat16 and on long runs, if at all: measure
+    (docs/speed.md)."""
+
     learning_rate: float = 2e-4
     """Peak learning rate of AdamW."""
 
@@ -152,6 +157,11 @@ class TrainConfig:
             raise UserError(
                 f"train.loraplus_lr_ratio is {self.loraplus_lr_ratio!r}, but with optimizer lorafa "
                 "there is no A to be slower than: set learning_rate alone"
+            )
+        if self.compile and self.gradient_checkpointing:
+            raise UserError(
+                "train.compile and gradient_checkpointing are both set, but torch.compile cannot "
+                "look into checkpointed layers: leave one of them out"
             )
         self._require("lr_scheduler", SCHEDULES.__contains__, "one of " + ", ".join(SCHEDULES))
         self._require("precision", PRECISIONS.__contains__, "one of " + ", ".join(PRECISIONS))
