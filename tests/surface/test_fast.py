@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import nn
 import inlay
 from inlay import LoraConfig, UserError, get_peft_model
 from inlay.core.inlaid import Inlaid
+from inlay.model.accelerate import by_nodes
 from inlay.surface.fast import fast
 from tests.methods.bases import build, llama, randomize
 from tests.model.conftest import ARCHITECTURES, inputs
@@ -297,6 +300,19 @@ def test_a_gradient_of_a_gradient_is_refused(model: Any) -> None:
 
 
 # -- what a user may get wrong
+
+
+def test_they_stay_on_where_nobody_keeps_what_was_returned_and_go_with_the_model() -> None:
+    model = adapted()
+    fast(model)
+    gc.collect()
+    assert by_nodes(model)
+    assert any("forward" in vars(module) for module in model.modules())
+    assert model.config._attn_implementation != "sdpa"
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_second_time_is_refused_and_removing_is_not(model: Any) -> None:
