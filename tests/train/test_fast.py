@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import gc
 
-import pytest
-
 from inlay.train.fast import settled_heap
 
 
 def test_what_is_there_is_passed_by_for_the_run_alone():
     assert not gc.get_freeze_count()
-    with pytest.raises(KeyError), settled_heap():
+    with settled_heap():
         assert gc.get_freeze_count() > 1000
-        raise KeyError
     assert not gc.get_freeze_count()
 
 
