@@ -2,7 +2,8 @@
 
 The OpenMP library reads its environment once, when torch loads it. By default a thread that has
 nothing to do goes on asking for work, which on a shared machine keeps those that have work from
-running; asleep, it costs microseconds to wake (docs/decisions/0013). oneDNN, and torch's own layer
+running; asleep, it costs microseconds to wake, so it asks a thousand times and sleeps then
+(docs/decisions/0013). oneDNN, and torch's own layer
 over it, keep the programs of the last 1,024 products each, and a product of another number of
 tokens is another one: of a run's steps up to a gigabyte (docs/decisions/0020).
 """
@@ -15,7 +16,7 @@ import sys
 from collections.abc import MutableMapping
 from pathlib import Path
 
-WAIT, THREADS = "OMP_WAIT_POLICY", "OMP_NUM_THREADS"
+WAIT, ASKS, THREADS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"
 KEPT = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 PRODUCTS = 64
 """How many products' programs each of KEPT holds; a step of a decoder has about 60."""
@@ -31,7 +32,10 @@ def settle(environment: MutableMapping[str, str] = os.environ) -> str:
     """
     if "torch" in sys.modules:
         return ""
-    wanted = {WAIT: "passive", THREADS: str(cores()), **dict.fromkeys(KEPT, str(PRODUCTS))}
+    waiting = {WAIT: "passive", ASKS: "1000"}
+    wanted = {**waiting, THREADS: str(cores()), **dict.fromkeys(KEPT, str(PRODUCTS))}
+    if WAIT in environment:  # which says how often too
+        del wanted[ASKS]
     # several processes on this machine share its cores out between them (torchrun)
     if "LOCAL_WORLD_SIZE" in environment:
         del wanted[THREADS]

@@ -19,7 +19,8 @@ SETTLED = (
     "from inlay.cli._machine import settle; print(settle());"
     "import torch; print(torch.get_num_threads())"
 )
-SET = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", *_machine.KEPT)
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+SET = (*WAITING, "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", *_machine.KEPT)
 GROWN = """
 import torch
 from pathlib import Path
@@ -52,13 +53,15 @@ def alone(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_torch_runs_as_was_settled_before_it_was_loaded():
-    ran = alone("-c", SETTLED, OMP_DISPLAY_ENV="true")
+    ran = alone("-c", SETTLED, OMP_DISPLAY_ENV="verbose")
     cores = _machine.cores()
-    told = f"set for this machine: OMP_WAIT_POLICY passive, OMP_NUM_THREADS {cores}, "
+    told = "set for this machine: OMP_WAIT_POLICY passive, GOMP_SPINCOUNT 1000, "
+    told += f"OMP_NUM_THREADS {cores}, "
     told += ", ".join(f"{name} {_machine.PRODUCTS}" for name in _machine.KEPT)
     assert ran.stdout.splitlines() == [told, str(cores)]
     # what the OpenMP library itself has read
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in ran.stderr
+    assert "GOMP_SPINCOUNT = '1000'" in ran.stderr
 
 
 def test_what_the_user_has_set_stays():
@@ -72,10 +75,10 @@ def test_what_the_user_has_set_stays():
 @pytest.mark.parametrize(
     ("environment", "told"),
     [
-        ({}, ["OMP_WAIT_POLICY", "OMP_NUM_THREADS", *_machine.KEPT]),
-        ({"OMP_NUM_THREADS": "1"}, ["OMP_WAIT_POLICY", *_machine.KEPT]),
+        ({}, [*WAITING, "OMP_NUM_THREADS", *_machine.KEPT]),
+        ({"OMP_NUM_THREADS": "1"}, [*WAITING, *_machine.KEPT]),
         (dict.fromkeys(("OMP_NUM_THREADS", "OMP_WAIT_POLICY", *_machine.KEPT), "1"), []),
-        ({"LOCAL_WORLD_SIZE": "2"}, ["OMP_WAIT_POLICY", *_machine.KEPT]),
+        ({"LOCAL_WORLD_SIZE": "2"}, [*WAITING, *_machine.KEPT]),
     ],
 )
 def test_only_what_is_not_set_is_set(monkeypatch, environment, told):
