@@ -25,6 +25,9 @@ from inlay.core.inlaid import Inlaid
 from inlay.kernels import lora
 from inlay.model.thin import Site, site
 
+FEW = 16
+"""Tokens below which the plain layers are faster, where no gradient is noted."""
+
 
 @contextmanager
 def accelerated(model: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
@@ -98,7 +101,9 @@ class Node:
         """Return what the host of that number computes."""
         host = self.hosts[index]
         names = host.selection.active
-        if len(names) == 1 and not args and not kwargs:
+        # torch.compile has the plain layers to see into
+        here = len(names) == 1 and not args and not kwargs and not torch.compiler.is_compiling()
+        if here and not _few(x):
             sites = self.sites(names[0])
             one = sites[index]
             dtype = None if one is None else _dtype(one, x)
@@ -167,6 +172,12 @@ def _standing(host: Inlaid, name: str) -> nn.Module | None:
     layer = host.base.module
     trains = any(p is not None and p.requires_grad for p in layer._parameters.values())
     return host.adapters._modules.get(name) if is_bare(layer) and not trains else None
+
+
+def _few(x: Any) -> bool:
+    """Return whether there is little to compute, as in generating, and no gradient of it."""
+    small = isinstance(x, Tensor) and x.ndim > 0 and x.numel() < FEW * x.shape[-1]
+    return small and not torch.is_grad_enabled()
 
 
 def _dtype(one: Site, x: Any) -> torch.dtype | None:

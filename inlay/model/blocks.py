@@ -48,7 +48,7 @@ class Form:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module computes; with more than one tensor, by the module's own."""
-        if len(args) == 1 and not kwargs:
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
             return self.compute(self.module, args[0], *self.given)
         return type(self.module).forward(self.module, *args, **kwargs)
 

@@ -12,6 +12,7 @@ import inlay
 from inlay.core.adapter import Delta
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
+from inlay.kernels import lora
 from inlay.methods import method, names
 from inlay.model.accelerate import Node, accelerated
 from inlay.model.thin import site
@@ -174,7 +175,7 @@ def test_an_output_nobody_uses() -> None:
 def test_a_tensor_that_was_written_to_is_computed_again() -> None:
     model = adapted(llama, inlay.LoraConfig(r=2, target_modules=["k_proj", "v_proj"]))
     attention = model.get_base_model().model.layers[0].self_attn
-    with accelerated(model, once(model)), torch.no_grad():
+    with accelerated(model, once(model)):
         x = torch.randn(2, 5, 32, dtype=torch.float64)
         attention.k_proj(x)
         x.mul_(2)
@@ -182,6 +183,35 @@ def test_a_tensor_that_was_written_to_is_computed_again() -> None:
             attention.v_proj(x),
             attention.v_proj.stack(("default",))(x),
         )
+
+
+def test_factors_that_were_written_to_compute_again() -> None:
+    model = adapted(llama, inlay.LoraConfig(r=2, target_modules=["k_proj", "v_proj"]))
+    attention = model.get_base_model().model.layers[0].self_attn
+    with accelerated(model, once(model)):
+        x = torch.randn(2, 5, 32, dtype=torch.float64)
+        attention.k_proj(x)
+        randomize(model, 0.5)
+        torch.testing.assert_close(
+            attention.v_proj(x),
+            attention.v_proj.stack(("default",))(x),
+        )
+
+
+def test_few_tokens_without_a_gradient_are_computed_by_the_plain_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = adapted(llama, inlay.LoraConfig(r=2))
+    rows: list[int] = []
+    node = lora.adapted
+    monkeypatch.setattr(lora, "adapted", lambda x, *rest: rows.append(len(x)) or node(x, *rest))
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    with accelerated(model, once(model)):
+        for x in (torch.randn(n, 32, dtype=torch.float64) for n in (15, 16)):
+            with torch.no_grad():
+                layer(x)
+        layer(x[:2])
+    assert rows == [16, 2]
 
 
 def test_rows_of_other_adapters_and_other_selections_take_the_plain_paths() -> None:

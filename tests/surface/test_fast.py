@@ -152,6 +152,15 @@ def test_under_activation_checkpointing(model: Any, reentrant: bool) -> None:
         assert_same(results(model), wanted)
 
 
+def test_a_compiled_model_is_compiled_as_it_was(model: Any) -> None:
+    """The compiler looks into the plain layers."""
+    wanted = results(model)
+    with fast(model):
+        found = results(torch.compile(model, backend="eager"))
+    torch._dynamo.reset()
+    assert_same(found, wanted, near=1e-6)
+
+
 # -- while it is on, adapters come and go
 
 
