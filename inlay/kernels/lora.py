@@ -6,6 +6,10 @@ d_i is dropout. Plain torch keeps the input of each product; this keeps x once f
 d_i(x) A_i^T [N, R] and, of a dropout, which inputs it left. Adding the update is part of the
 product with B_i, and the gradient of x is added up in one place. An x that says how it was made
 (`made_from`) is not kept at all: it is made again.
+
+Activation checkpointing computes a block again until it has all that the backward pass needs, and
+what a node saves is seen when its forward pass is through. So what is saved has a node of its own,
+ahead of the frozen products: those of a block's last layer are not made again, for nobody.
 """
 
 from __future__ import annotations
@@ -49,17 +53,42 @@ def adapted(x: Tensor, members: Sequence[Member], dtype: torch.dtype) -> tuple[T
     layers, rates = [m.layer for m in members], [m.dropout for m in members]
     factors = [m.a for m in members] + [m.b for m in members]
     with torch.autocast(x.device.type, enabled=False):
-        outs = _Adapted.apply(
-            given.reshape(-1, x.shape[-1]), (make, inputs), layers, rates, *factors
-        )
+        rows = given.reshape(-1, x.shape[-1])
+        updates: list[tuple[Tensor, Tensor]] = []
+        ahead = _Needed.apply(rows, (make, inputs), layers, rates, updates, *factors)
+        outs = _Products.apply(rows.detach(), layers, updates, *ahead)
     return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
 
 
-FIRST = 4
-"""The place of the first factor among the node's inputs."""
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        layers: list[Frozen],
+        updates: list[tuple[Tensor, Tensor]],
+        *ahead: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return y_i [N, O_i] of each layer; ahead: what `_Needed` gave in their places."""
+        del ahead
+        ctx.set_materialize_grads(False)
+        return tuple(
+            layer.forward_product(x).addmm_(low, up.T)
+            for layer, (low, up) in zip(layers, updates, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Hand on the gradients of the y_i."""
+        del ctx
+        return None, None, None, *grads
 
 
-class _Adapted(torch.autograd.Function):
+FIRST = 5
+"""The place of the first factor among the inputs of `_Needed`."""
+
+
+class _Needed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -67,9 +96,13 @@ class _Adapted(torch.autograd.Function):
         source: tuple[Callable[..., Tensor] | None, list[Tensor]],
         layers: list[Frozen],
         rates: list[float],
+        updates: list[tuple[Tensor, Tensor]],
         *factors: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Return y_i [N, O_i] of each layer; factors are the A_i, then the B_i."""
+        """Return for each y_i what takes its gradient: of its shape, without its memory.
+
+        factors: the A_i, then the B_i. updates: is given each d_i(x) A_i^T and B_i.
+        """
         narrow = [t.to(x.dtype) for t in factors]
         a, b = narrow[: len(layers)], narrow[len(layers) :]
         kept = [_draw(x, rate) for rate in rates] if any(rates) else None
@@ -78,10 +111,7 @@ class _Adapted(torch.autograd.Function):
         else:
             left = zip(kept, rates, a, strict=True)  # in turn: what each leaves is as large as x
             thin = tuple(_drop(x, mask, rate) @ m.T for mask, rate, m in left)
-        outs = [
-            layer.forward_product(x).addmm_(low, up.T)
-            for layer, low, up in zip(layers, thin, b, strict=True)
-        ]
+        updates.extend(zip(thin, b, strict=True))
         ctx.layers, ctx.rates, ctx.dtypes = layers, rates, [t.dtype for t in factors]
         ctx.set_materialize_grads(False)
         ctx.make, inputs = source
@@ -89,7 +119,7 @@ class _Adapted(torch.autograd.Function):
         trained = any(ctx.needs_input_grad[FIRST : FIRST + len(layers)])
         masks = kept or [None] * len(layers)
         ctx.save_for_backward(*thin, *a, *b, *masks, *(needed if trained else ()))
-        return tuple(outs)
+        return tuple(x.new_empty(1).expand(len(x), len(m)) for m in b)
 
     @staticmethod
     @once_differentiable
@@ -127,7 +157,7 @@ class _Adapted(torch.autograd.Function):
             if total is not None:
                 total.addmm_(joined, _joined(a))
         typed = (None if t is None else t.to(d) for t, d in zip(down, ctx.dtypes, strict=False))
-        return total, None, None, None, *typed, *up
+        return total, None, None, None, None, *typed, *up
 
 
 def _through(

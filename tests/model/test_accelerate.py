@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 
 import inlay
+from inlay.bases.plain import Linear
 from inlay.core.adapter import Delta
 from inlay.core.errors import UserError
 from inlay.core.inlaid import Inlaid
 from inlay.kernels import lora
 from inlay.methods import method, names
 from inlay.model.accelerate import Node, accelerated
+from inlay.model.fast import fast_paths
 from inlay.model.thin import site
 from tests.methods.bases import bert, build, gpt2, llama, randomize, settings_of_methods, t5
 
@@ -130,12 +133,39 @@ def test_layers_that_are_fed_one_tensor_are_told_apart_from_those_that_are_not()
         assert all(len(group) == 1 for group in groups(model))
 
 
-def test_under_activation_checkpointing() -> None:
-    model = adapted(llama, inlay.LoraConfig(r=2, lora_dropout=0.5)).train()
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_under_activation_checkpointing(targets: str | None) -> None:
+    config = inlay.LoraConfig(r=2, lora_dropout=0.5, target_modules=targets)
+    model = adapted(llama, config).train()
     plain = results(model)
     model.activation_checkpointing_enable({"use_reentrant": False})
     with accelerated(model, once(model)):
         assert_same(plain, results(model))
+
+
+def test_checkpointing_makes_no_product_again_that_nobody_needs(monkeypatch) -> None:
+    """Of a layer all linears are computed again but the last, whose output goes on unread."""
+    model = adapted(llama, inlay.LoraConfig(r=2, target_modules="all-linear")).float().train()
+    hosts = {path: m for path, m in model.named_modules() if isinstance(m, Inlaid)}
+    names = {host.base: path.rpartition(".")[2] for path, host in hosts.items()}
+    made: Counter[str] = Counter()
+    product = Linear.forward_product
+
+    def counted(layer: Linear, x: torch.Tensor) -> torch.Tensor:
+        made[names[layer]] += 1
+        return product(layer, x)
+
+    monkeypatch.setattr(Linear, "forward_product", counted)
+    # two rows of 9 tokens behind one another, through the attention of packed rows
+    packed = {"input_ids": IDS.view(1, -1), "position_ids": torch.arange(9).repeat(2)[None]}
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    with fast_paths(model, once(model)):
+        made.clear()
+        out = model(**packed, use_cache=False).logits
+        assert set(made.values()) == {2}, "layers that hold all seven linears once"
+        out.sum().backward()
+    assert made.pop("down_proj") == 2
+    assert set(made.values()) == {4}
 
 
 def test_a_host_called_twice_computes_for_itself() -> None:
