@@ -134,6 +134,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("inlay.train")
     if name not in _HOME:
         raise AttributeError(f"module 'inlay' has no attribute {name!r}")
+    if name.endswith("Config"):  # it hands them how they are written and read
+        importlib.import_module("inlay.surface.config")
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from inlay.core import limits
 from inlay.core.errors import UserError, nearest
@@ -77,6 +78,16 @@ class TaskType(enum.StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+class Files(Protocol):
+    """How configurations are kept; whoever knows files and the hub hands it up to them."""
+
+    def read(self, place: str | Path, revision: str | None) -> AdapterConfig:
+        """Return the configuration in a folder, or in the hub's repository of that id."""
+
+    def write(self, config: AdapterConfig, folder: str | Path) -> None:
+        """Write `adapter_config.json` into `folder`."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """The fields common to all methods, with PEFT's names and defaults.
@@ -89,6 +100,8 @@ class AdapterConfig:
     """Fields of PEFT's files of which only the default is supported: name -> reason."""
     unwritten: ClassVar[tuple[str, ...]] = ()
     """Fields that PEFT's configuration of this method lacks: in a file only where they are set."""
+    files: ClassVar[Files | None] = None
+    """Set by `inlay.surface.config`."""
 
     task_type: str | None = None
     """What the model is for: one of `TaskType`, or None."""
@@ -149,6 +162,38 @@ class AdapterConfig:
     def replace(self, **changes: Any) -> Self:
         """Return a copy with `changes`; the original stays as it is."""
         return dataclasses.replace(self, **changes)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `adapter_config.json` into the folder, as PEFT writes it; make it where need be.
+
+        Raises UserError where the place is a file, or the disk is full.
+        """
+        self._kept().write(self, save_directory)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None
+    ) -> Self:
+        """Return the settings in an adapter's folder, or in the hub's repository of that id.
+
+        Raises UserError where they cannot be read, or are another method's.
+        """
+        found = cls._kept().read(pretrained_model_name_or_path, revision)
+        if not isinstance(found, cls):
+            raise UserError(
+                f"{pretrained_model_name_or_path} holds the settings of {found.method}, which are "
+                f"no {cls.__name__}; read them by PeftConfig.from_pretrained"
+            )
+        return found
+
+    @classmethod
+    def _kept(cls) -> Files:
+        if cls.files is None:
+            raise UserError(
+                f"{cls.__name__} was imported past inlay's public names, so it has no files: use "
+                f"`from inlay import {cls.__name__}`, or import inlay.surface.config"
+            )
+        return cls.files
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields PEFT writes, in plain JSON types."""

@@ -31,6 +31,7 @@ class GraloraConfig(TargetedConfig):
     """GraLoRA's settings, under PEFT's names and with PEFT's defaults."""
 
     method = PeftType.GRALORA
+    unwritten = ("exclude_modules",)
 
     r: Rank = 32
     """Rank of a LoRA with as many parameters; each block has rank r / gralora_k."""

@@ -25,6 +25,7 @@ class PveraConfig(TargetedConfig):
     """PVeRA's settings, under PEFT's names and with PEFT's defaults."""
 
     method = PeftType.PVERA
+    unwritten = ("exclude_modules",)
     not_yet: ClassVar[dict[str, str]] = {
         "sample_at_inference": "out of training the mean is computed, which is what merges",
         "generator_seed": "the draws come from torch's own generator, so from the run's seed",

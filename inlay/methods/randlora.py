@@ -33,6 +33,7 @@ class RandLoraConfig(TargetedConfig):
     """RandLoRA's settings, under PEFT's names and with PEFT's defaults."""
 
     method = PeftType.RANDLORA
+    unwritten = ("exclude_modules",)
 
     r: Rank = 32
     """Rank of one basis: the higher it is, the fewer bases and trained numbers."""

@@ -26,6 +26,7 @@ class VeraConfig(TargetedConfig):
     """VeRA's settings, under PEFT's names and with PEFT's defaults."""
 
     method = PeftType.VERA
+    unwritten = ("exclude_modules",)
 
     r: Rank = 256
     """Rank of the update: higher than LoRA's, for a rank costs one number a layer."""

@@ -1,12 +1,18 @@
-"""PEFT's name for the settings of any method, and their way from a folder or a dictionary."""
+"""PEFT's name for the settings of any method, and their way to a folder and from one.
+
+`save_pretrained` and `from_pretrained` of each configuration are in core, which knows no files.
+This module, which `inlay` imports with the first configuration asked of it, hands them how.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from inlay.checkpoint.folder import fetch, parse_config, read_config
+from inlay.checkpoint.adapter import PEFT_VERSION
+from inlay.checkpoint.folder import CONFIG, fetch, parse_config, read_config, write_folder
 from inlay.core.config import AdapterConfig
 from inlay.core.errors import UserError
 from inlay.core.targeted import TargetedConfig
@@ -32,9 +38,28 @@ class PeftConfig(metaclass=_AnyMethod):
         )
 
     @staticmethod
-    def from_pretrained(model_id: str | Path, *, revision: str | None = None) -> AdapterConfig:
+    def from_pretrained(
+        pretrained_model_name_or_path: str | Path, *, revision: str | None = None
+    ) -> AdapterConfig:
         """Return the settings in an adapter's folder, or in the hub's repository of that id."""
-        return read_config(fetch(model_id, revision))
+        return read_config(fetch(pretrained_model_name_or_path, revision))
+
+
+class _Files:
+    """Settings in PEFT's file."""
+
+    def read(self, place: str | Path, revision: str | None) -> AdapterConfig:
+        return PeftConfig.from_pretrained(place, revision=revision)
+
+    def write(self, config: AdapterConfig, folder: str | Path) -> None:
+        if Path(folder).is_file():
+            raise UserError(f"{folder} is a file; settings are saved in a folder, as {CONFIG}")
+        told = config.to_dict() | {"peft_version": config.peft_version or PEFT_VERSION}
+        text = json.dumps(told, indent=2, sort_keys=True)
+        write_folder(folder, {CONFIG: text.encode()})
+
+
+AdapterConfig.files = _Files()
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
