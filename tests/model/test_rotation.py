@@ -8,6 +8,7 @@ from transformers import CohereConfig, CohereForCausalLM
 
 from inlay.kernels import attention as kernel
 from inlay.model.attention import packed_attention
+from inlay.model.fast import fast_paths, inference
 from inlay.model.rotation import Rotating, rotating_attention
 
 TAKE_PART = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "mixtral"]
@@ -140,3 +141,28 @@ def test_the_blocks_are_put_back(architecture):
     with packed_attention(model), rotating_attention(model, run) as blocks:
         assert all(isinstance(block.forward, Rotating) for block in blocks)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_recomputed_under_checkpointing_they_are_the_same(architecture, turned):
+    model = architecture("llama").train()
+
+    def run():
+        with torch.no_grad(), inference(model):
+            model(**batch())
+
+    with packed_attention(model), rotating_attention(model, run) as blocks:
+        expected = results(model, batch())
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        del turned[:]
+        found = results(model, batch())
+    assert blocks
+    assert turned == [True] * 4  # once more for the backward pass
+    for name, one in found.items():
+        torch.testing.assert_close(one, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_fast_paths_of_a_model_have_them(architecture):
+    model = architecture("qwen3")
+    with fast_paths(model, lambda: model(**batch())) as (blocks, attention):
+        assert attention
+        assert sum(isinstance(block.forward, Rotating) for block in blocks) == 2
