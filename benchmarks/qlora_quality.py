@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,9 @@ def merges(place: Path) -> list[dict[str, Any]]:
 def merge(name: str, base: Any, adapter: Path, rows: Sequence[Any]) -> dict[str, Any]:
     """Return the agreements of a merged model with the unmerged one.
 
-    float32: computed in float32 throughout. rounded: the merged weights were rounded once to
-    bfloat16, as they are written. bfloat16: both are also computed in it. rounding alone: the
+    float32: computed in float32 throughout. rounded, rounded to float16: the merged weights were
+    rounded once to bfloat16 as they are written, or to float16. bfloat16: both are also computed
+    in it. rounding alone: the
     unmerged model, computed in bfloat16 and in float32, for what the last one has of arithmetic.
     """
     from inlay.run.agreement import compare, says
@@ -175,6 +177,7 @@ def merge(name: str, base: Any, adapter: Path, rows: Sequence[Any]) -> dict[str,
     before = says(model, rows)
     plain = model.merge_and_unload()
     found = {"float32": compare(before, says(plain, rows))}
+    found["rounded to float16"] = compare(before, says(deepcopy(plain).half().float(), rows))
     rounded = plain.bfloat16().float()  # the norms and embeddings were of 16 bits before
     found["rounded"] = compare(before, says(rounded, rows))
     model = opened(base, adapter, "bfloat16")
