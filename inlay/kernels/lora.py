@@ -8,8 +8,8 @@ product with B_i, and the gradient of x is added up in one place. An x that says
 (`made_from`) is not kept at all: it is made again.
 
 Activation checkpointing computes a block again until it has all that the backward pass needs, and
-what a node saves is seen when its forward pass is through. So what is saved has a node of its own,
-ahead of the frozen products: those of a block's last layer are not made again, for nobody.
+what a node saves is seen when its forward pass is through. So there what is saved has a node of its
+own, ahead of the frozen products: those of a block's last layer are not made again, for nobody.
 """
 
 from __future__ import annotations
@@ -54,10 +54,17 @@ def adapted(x: Tensor, members: Sequence[Member], dtype: torch.dtype) -> tuple[T
     factors = [m.a for m in members] + [m.b for m in members]
     with torch.autocast(x.device.type, enabled=False):
         rows = given.reshape(-1, x.shape[-1])
-        updates: list[tuple[Tensor, Tensor]] = []
-        ahead = _Needed.apply(rows, (make, inputs), layers, rates, updates, *factors)
-        outs = _Products.apply(rows.detach(), layers, updates, *ahead)
+        updates: list[tuple[Tensor, Tensor]] | None = [] if _checkpointing() else None
+        outs = _Adapted.apply(rows, (make, inputs), layers, rates, updates, *factors)
+        if updates is not None:
+            outs = _Products.apply(rows.detach(), layers, updates, *outs)
     return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
+
+
+def _checkpointing() -> bool:
+    """Return whether somebody else decides what becomes of saved tensors, as checkpointing does."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(False) is not None
 
 
 class _Products(torch.autograd.Function):
@@ -69,13 +76,10 @@ class _Products(torch.autograd.Function):
         updates: list[tuple[Tensor, Tensor]],
         *ahead: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Return y_i [N, O_i] of each layer; ahead: what `_Needed` gave in their places."""
+        """Return y_i [N, O_i] of each layer; ahead: what `_Adapted` gave in their places."""
         del ahead
         ctx.set_materialize_grads(False)
-        return tuple(
-            layer.forward_product(x).addmm_(low, up.T)
-            for layer, (low, up) in zip(layers, updates, strict=True)
-        )
+        return _products(x, layers, updates)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -85,10 +89,10 @@ class _Products(torch.autograd.Function):
 
 
 FIRST = 5
-"""The place of the first factor among the inputs of `_Needed`."""
+"""The place of the first factor among the inputs of `_Adapted`."""
 
 
-class _Needed(torch.autograd.Function):
+class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -96,12 +100,13 @@ class _Needed(torch.autograd.Function):
         source: tuple[Callable[..., Tensor] | None, list[Tensor]],
         layers: list[Frozen],
         rates: list[float],
-        updates: list[tuple[Tensor, Tensor]],
+        updates: list[tuple[Tensor, Tensor]] | None,
         *factors: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Return for each y_i what takes its gradient: of its shape, without its memory.
+        """Return y_i [N, O_i] of each layer; factors: the A_i, then the B_i.
 
-        factors: the A_i, then the B_i. updates: is given each d_i(x) A_i^T and B_i.
+        A list of updates is given each d_i(x) A_i^T and B_i, for `_Products` to make the y_i of:
+        what is returned then takes their gradients, and has their shapes without their memory.
         """
         narrow = [t.to(x.dtype) for t in factors]
         a, b = narrow[: len(layers)], narrow[len(layers) :]
@@ -111,7 +116,6 @@ class _Needed(torch.autograd.Function):
         else:
             left = zip(kept, rates, a, strict=True)  # in turn: what each leaves is as large as x
             thin = tuple(_drop(x, mask, rate) @ m.T for mask, rate, m in left)
-        updates.extend(zip(thin, b, strict=True))
         ctx.layers, ctx.rates, ctx.dtypes = layers, rates, [t.dtype for t in factors]
         ctx.set_materialize_grads(False)
         ctx.make, inputs = source
@@ -119,6 +123,10 @@ class _Needed(torch.autograd.Function):
         trained = any(ctx.needs_input_grad[FIRST : FIRST + len(layers)])
         masks = kept or [None] * len(layers)
         ctx.save_for_backward(*thin, *a, *b, *masks, *(needed if trained else ()))
+        made = list(zip(thin, b, strict=True))
+        if updates is None:
+            return _products(x, layers, made)
+        updates.extend(made)
         return tuple(x.new_empty(1).expand(len(x), len(m)) for m in b)
 
     @staticmethod
@@ -158,6 +166,15 @@ class _Needed(torch.autograd.Function):
                 total.addmm_(joined, _joined(a))
         typed = (None if t is None else t.to(d) for t, d in zip(down, ctx.dtypes, strict=False))
         return total, None, None, None, None, *typed, *up
+
+
+def _products(
+    x: Tensor, layers: Sequence[Frozen], updates: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, ...]:
+    return tuple(
+        layer.forward_product(x).addmm_(low, up.T)
+        for layer, (low, up) in zip(layers, updates, strict=True)
+    )
 
 
 def _through(
