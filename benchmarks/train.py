@@ -2,6 +2,7 @@
 
     python benchmarks/train.py                                    the 135M shape, in bfloat16
     python benchmarks/train.py --shape 25m,135m --precision float32,bfloat16 --rounds 5
+    python benchmarks/train.py --checkpointing off,on             activations kept, and made again
     python benchmarks/train.py --methods                          each method beside PEFT's own
     python benchmarks/train.py --losses 50                        how far the losses part
 
@@ -282,7 +283,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--shape", type=some(*SHAPES), default=["135m"], help=", ".join(SHAPES))
     add("--precision", type=some("float32", "bfloat16"), default=["bfloat16"])
-    add("--checkpointing", type=some("off", "on"), default=["off"])
+    add("--checkpointing", type=some("off", "on"), default=["off"], help="of both sides: off,on")
     add("--method", type=some(*METHODS), default=["lora"], help=", ".join(METHODS))
     add("--methods", action="store_true", help="all methods, beside PEFT's own")
     add("--losses", type=int, metavar="N", help="N steps of each side in float32: their losses")

@@ -257,6 +257,9 @@ def run_trl(job: dict[str, Any], pace_of: Callable[[], Pace]) -> None:
             learning_rate=RATE,
             lr_scheduler_type="constant",
             gradient_checkpointing=job["checkpointing"],
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+            if job["checkpointing"]
+            else None,
             padding_free=job["side"] == "trl-free",
             max_length=None,
             train_sampling_strategy="sequential",

@@ -25,12 +25,21 @@ def enable(model: nn.Module, arguments: dict[str, Any] | None = None) -> None:
         # a method, so that a copy of the model has its own
         given["context_fn"] = MethodType(_contexts, model)
     _switch(model, "enable", given)
+    if given.get("use_reentrant") is False:
+        # transformers makes what the embeddings give require a gradient, which without reentry
+        # nobody needs: layers below the lowest adapted one would be computed again for it
+        _free_inputs(model)
 
 
 def disable(model: nn.Module) -> None:
     """Let the model keep its activations again."""
     _switch(model, "disable")
-    # switching it on made the embeddings' outputs require a gradient, by a hook that stays
+    # with reentry, switching it on made the embeddings' outputs require a gradient, by a hook that
+    # stays
+    _free_inputs(model)
+
+
+def _free_inputs(model: nn.Module) -> None:
     getattr(model, "disable_input_require_grads", lambda: None)()
 
 

@@ -24,6 +24,7 @@ from inlay.data.dataset import Prepared, prepare
 from inlay.data.ledger import write_ledger
 from inlay.data.pack import check_packable
 from inlay.data.read import raw_rows
+from inlay.model.offload import require_offload
 from inlay.run.facts import facts
 from inlay.run.folder import CONFIG, EVALUATION, LEDGER, Run
 from inlay.run.limits import check_tokens, fitting
@@ -38,7 +39,7 @@ from inlay.train.evaluate import Score
 from inlay.train.events import Events
 from inlay.train.loop import fit
 from inlay.train.order import seed_of
-from inlay.train.precision import choose
+from inlay.train.precision import choose, device_of
 from inlay.train.progress import Outcome
 from inlay.train.setup import choose_packing
 
@@ -132,6 +133,8 @@ class _Job:
         self.model = adapted(base, without_start(config))
         if config.train.compile:
             require_compilable(self.model)  # before the rows are read
+        if config.train.offload_activations:
+            require_offload(device_of(self.model))
         # what is measured outside of the training is not packed unless it was asked for
         self.measured = self.loaded.objective(config)
         self.objective, padded = choose_packing(self.model, self.measured, config.train)

@@ -29,6 +29,7 @@ MAY_CHANGE = (
     *("num_epochs", "max_steps", "eval_batch_size", "eval_steps", "save_steps"),
     *("save_total_limit", "logging_steps", "restore_best"),
     *("early_stopping_patience", "early_stopping_threshold"),
+    "offload_activations",
     "packing",  # what came of it must be the same, and stands beside these
 )
 
@@ -114,6 +115,10 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass, not keep them: slower, much less memory."""
 
+    offload_activations: bool = False
+    """Keep what checkpointed layers are fed in the host's memory until the backward pass; on a CUDA
+    device, with gradient_checkpointing."""
+
     eval_steps: int | None = None
     """Steps between evaluations; left out = after each epoch. There is always one at the end."""
 
@@ -162,6 +167,11 @@ class TrainConfig:
             raise UserError(
                 "train.compile and gradient_checkpointing are both set, but torch.compile cannot "
                 "look into checkpointed layers: leave one of them out"
+            )
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise UserError(
+                "train.offload_activations is true, but without checkpoints most of what is kept "
+                "is needed at once: set train.gradient_checkpointing: true as well"
             )
         self._require("lr_scheduler", SCHEDULES.__contains__, "one of " + ", ".join(SCHEDULES))
         self._require("precision", PRECISIONS.__contains__, "one of " + ", ".join(PRECISIONS))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from inlay.data.pack import check_packable
 from inlay.model import checkpointing
 from inlay.model.attention import packed_attention
 from inlay.model.fast import inference
+from inlay.model.offload import Offload, Streamed, offloaded, require_offload
 from inlay.train.precision import device_of
 from inlay.train.settings import TrainConfig
 
@@ -120,6 +121,8 @@ def require_isolation(model: nn.Module) -> None:
 @contextmanager
 def training_mode(model: nn.Module, config: TrainConfig) -> Iterator[None]:
     """Put `model` in training mode for a `with` block, checkpointing activations where wanted."""
+    if config.offload_activations:
+        require_offload(device_of(model))
     was_training = model.training
     # a model that checkpoints already does so as its owner chose, and still will afterwards
     already = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
@@ -128,7 +131,11 @@ def training_mode(model: nn.Module, config: TrainConfig) -> Iterator[None]:
         checkpointing.enable(model)
     model.train()
     try:
-        yield
+        with ExitStack() as stack:
+            if config.offload_activations:
+                offload = Offload(Streamed(device_of(model)))
+                stack.enter_context(offloaded(model, offload))
+            yield
     finally:
         model.train(was_training)
         if wanted:

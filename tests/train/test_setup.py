@@ -46,6 +46,18 @@ def test_a_transformers_model_computes_again_with_the_same_gradients_and_is_left
     assert not model.get_input_embeddings()._forward_hooks
 
 
+def test_below_the_lowest_adapted_layer_nothing_is_computed_again(tiny_llama):
+    config = LoraConfig(r=2, layers_to_transform=[1], layers_pattern="layers")
+    model = get_peft_model(tiny_llama(), config)
+    calls: list[int] = []
+    for i, layer in enumerate(model.get_base_model().model.layers):
+        layer.self_attn.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
+    ids = torch.arange(5, 25).reshape(2, 10)
+    with training_mode(model, CHECKPOINTING):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert calls == [0, 1, 1]
+
+
 def test_a_model_that_checkpoints_already_still_does_afterwards(tiny_llama):
     model = tiny_llama()
     model.activation_checkpointing_enable()
