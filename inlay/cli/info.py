@@ -60,18 +60,22 @@ def machine() -> dict[str, Any]:
     import torch
 
     from inlay import __version__
+    from inlay.train.precision import units
 
     packages = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "huggingface_hub")
     versions = {name: importlib.metadata.version(name) for name in packages}
     cuda = torch.cuda.is_available()
     device = f"cuda: {torch.cuda.get_device_name()}" if cuda else "cpu"
     name, features = processor()
+    found = units(torch.device("cuda" if cuda else "cpu"))
     return {
         "inlay": __version__,
         "python": platform.python_version(),
         **versions,
         "device": device,
         "processor": ": ".join([name, " ".join(features)] if features else [name]),
+        "train.precision": f"auto is {'bfloat16' if found else 'float32'}, "
+        + (f"for which there is {found}" if found else "but for a base in bfloat16"),
         "cores": f"{os.cpu_count()} ({torch.get_num_threads()} threads)",
         "idle threads": f"OMP_WAIT_POLICY {os.environ.get(WAIT, 'not set')}",
         "kernels": _kernels(),

@@ -12,7 +12,7 @@ from inlay.core.base import PackedModule
 from inlay.data.dataset import Prepared
 from inlay.train.distributed import world
 from inlay.train.order import Order
-from inlay.train.precision import device_of
+from inlay.train.precision import device_of, reason
 from inlay.train.settings import TrainConfig
 
 ASKED = ("r", "alpha", "dropout", "rank", "tokens", "block_size")
@@ -32,7 +32,7 @@ def facts(
         "data": [*data.describe(), *cut(resolved, data)],
         "adapter": adapter(resolved, model),
         "training": [
-            *training(resolved, data, precision),
+            *training(resolved, data, precision, reason(resolved.config.train.precision, model)),
             batches(objective),
             *compiling(resolved.config.train),
         ],
@@ -89,8 +89,8 @@ def adapter(resolved: Resolved, model: Any) -> list[str]:
     return [f"{str(config.method).lower()} {layers}; {', '.join(told)}", share]
 
 
-def training(resolved: Resolved, data: Prepared, precision: Any) -> list[str]:
-    """Return how many steps of what size, the arithmetic and the learning rate."""
+def training(resolved: Resolved, data: Prepared, precision: Any, why: str) -> list[str]:
+    """Return how many steps of what size, the arithmetic and why it is, and the learning rate."""
     config, run = resolved.config.train, resolved.config
     rows = config.micro_batch_size * config.gradient_accumulation_steps * world()
     an_epoch = Order(len(data.train), rows, config.seed).steps_per_epoch
@@ -103,7 +103,8 @@ def training(resolved: Resolved, data: Prepared, precision: Any) -> list[str]:
         f"({config.micro_batch_size} x {config.gradient_accumulation_steps}"
         f"{', more than there are' if rows > len(data.train) else ''}), "
         f"{several(steps / an_epoch, 'epoch')}",
-        f"{str(precision).removeprefix('torch.')}; learning rate {config.learning_rate:g}, "
+        f"{str(precision).removeprefix('torch.')}{f', {why}' if why else ''}; "
+        f"learning rate {config.learning_rate:g}, "
         f"{config.lr_scheduler} after a warmup of {rise}; seed {config.seed}{apart(config)}",
     ]
 

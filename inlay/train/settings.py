@@ -110,7 +110,8 @@ class TrainConfig:
     """Of the forward and backward arithmetic; the trained weights stay as they are.
 
     auto = bfloat16 where the model holds bfloat16 weights or the device multiplies it natively
-    (CUDA compute 8.0 and up, CPUs with AMX)."""
+    (CUDA compute 8.0 and up, CPUs with AMX or AVX512-BF16); for the same numbers on every machine
+    say float32."""
 
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass, not keep them: slower, much less memory."""

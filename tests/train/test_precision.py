@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from inlay.train.precision import choose
+from inlay.train.precision import choose, reason, units
 from inlay.train.settings import TrainConfig
 from inlay.train.step import Stepper
 
@@ -13,13 +13,18 @@ from inlay.train.step import Stepper
 def test_what_is_asked_for_is_used(toy):
     assert choose("float32", toy.model().bfloat16()) == torch.float32
     assert choose("bfloat16", toy.model()) == torch.bfloat16
+    assert reason("bfloat16", toy.model()) == ""
 
 
 def test_auto_is_bfloat16_for_bfloat16_weights_and_where_the_cpu_has_units_for_it(toy, monkeypatch):
     assert choose("auto", toy.model().bfloat16()) == torch.bfloat16
-    for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has: has)
-        assert choose("auto", toy.model()) == expected
+    assert reason("auto", toy.model().bfloat16()) == "as the base's weights are"
+    for amx, avx, told in ((True, True, "AMX"), (False, True, "AVX512-BF16"), (False, False, "")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        assert choose("auto", toy.model()) == (torch.bfloat16 if told else torch.float32)
+        assert units(torch.device("cpu")) == told
+        assert (told or "no units") in reason("auto", toy.model())
 
 
 def test_in_bfloat16_the_gradients_are_close_and_in_the_weights_own_dtype(toy):
