@@ -182,6 +182,7 @@ def run_inlay(job: dict[str, Any], pace_of: Callable[[], Pace]) -> None:
             "lr_scheduler": "constant",
             "warmup_ratio": 0.0,
             "gradient_checkpointing": job["checkpointing"],
+            "precision": job["dtype"],
             "save_steps": None,
             "seed": SEED,
             **job["set"],
