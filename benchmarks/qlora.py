@@ -21,8 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -156,22 +155,15 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def fast(model: Any, ids: torch.Tensor) -> Iterator[None]:
+def fast(model: Any, ids: torch.Tensor) -> AbstractContextManager[Any]:
     """Let the model compute as a run lets it, for a `with` block."""
-    from inlay.model.accelerate import accelerated
-    from inlay.model.attention import packed_attention
-    from inlay.model.blocks import fast_blocks
+    from inlay.model.fast import fast_paths
 
-    @torch.no_grad()
     def run() -> None:
-        model.eval()
         with torch.autocast(ids.device.type, torch.bfloat16):
             model(input_ids=ids[:, :16], use_cache=False)
-        model.train()
 
-    with accelerated(model, run), fast_blocks(model, run), packed_attention(model):
-        yield
+    return fast_paths(model, run)
 
 
 def llama(h: int, i: int, n: int, a: int, k: int, v: int, **others: Any) -> Any:

@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -236,12 +236,14 @@ def train(model: Any, length: int, *, fast: bool) -> None:
     fast: by the objective and the fast paths of a run, in place of the model's own loss.
     """
     from inlay.data.collate import Batch
+    from inlay.model.fast import fast_paths
     from inlay.objectives.pretrain import Pretrain
 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
     generator = torch.Generator().manual_seed(2)
     objective = Pretrain()
+    shown = torch.arange(16)[None]
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
         # as `inlay train` and transformers' Trainer (bf16) compute over float32 adapters
@@ -252,7 +254,7 @@ def train(model: Any, length: int, *, fast: bool) -> None:
             batch = Batch(ids, ids, None, None, ("random",))
             return objective.loss(model, batch, objective.counts(batch))
 
-    with fast_paths_of(model, loss_of) if fast else nullcontext():
+    with fast_paths(model, lambda: loss_of(shown)) if fast else nullcontext():
         for _ in sys.stdin:
             ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
             start, used = time.perf_counter(), time.process_time()
@@ -262,22 +264,6 @@ def train(model: Any, length: int, *, fast: bool) -> None:
             optimizer.zero_grad()
             told = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - used}
             print(json.dumps(told | {"loss": loss.item()}), flush=True)
-
-
-@contextmanager
-def fast_paths_of(model: Any, loss_of: Callable[[torch.Tensor], Any]) -> Iterator[None]:
-    """Put the fast paths of a run on the model, as `inlay train` does."""
-    from inlay.model.accelerate import accelerated
-    from inlay.model.blocks import fast_blocks
-    from inlay.model.fast import inference
-
-    @torch.no_grad()
-    def run() -> None:
-        with inference(model):
-            loss_of(torch.arange(16)[None])
-
-    with accelerated(model, run), fast_blocks(model, run):
-        yield
 
 
 def tensors(model: Any) -> list[torch.Tensor]:
