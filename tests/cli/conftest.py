@@ -14,6 +14,8 @@ from inlay.cli import main
 SMALL = [
     *("--train.max_steps", "2", "--train.micro_batch_size", "2", "--data.eval_fraction", "0.25"),
     *("--evaluate.answers", "2", "--evaluate.max_new_tokens", "4"),
+    # in which a run's fast paths and the plain ones of `eval` say the same
+    *("--train.precision", "float32"),
 ]
 
 
@@ -56,7 +58,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chats.jsonl").write_text("".join(rows), encoding="utf-8")
     settings: dict[str, Any] = {
         "data": {"path": str(folder / "chats.jsonl"), "eval_fraction": 0.25},
-        "train": {"max_steps": 2, "micro_batch_size": 2, "learning_rate": 0.01},
+        "train": {
+            "max_steps": 2,
+            "micro_batch_size": 2,
+            "learning_rate": 0.01,
+            "precision": "float32",
+        },
         "evaluate": {"answers": 2, "max_new_tokens": 4},
         "output_dir": str(folder / "run"),
     }
