@@ -1,5 +1,8 @@
 """A factor for each column: y = x c, x [..., n], c [n], and both gradients in one pass.
 
+`scaled_in_place` and `gradients_of_scaled` are for a node that keeps y alone: of c that are not 0
+it tells x.
+
 On the CPU `columns.c` computes it, in float32 and bfloat16; elsewhere plain torch does.
 """
 
@@ -17,10 +20,32 @@ from inlay.kernels.native import library
 
 def times_columns(x: Tensor, factors: Tensor) -> Tensor:
     """Return x c [..., n], in the dtype of x; c [n] in float32 is not rounded to it before."""
+    return _Columns.apply(x, factors) if _known(x, factors) else (x * factors).to(x.dtype)
+
+
+def scaled_in_place(x: Tensor, factors: Tensor) -> Tensor:
+    """Return x c in the memory of x [..., n], contiguous, without a gradient."""
+    if not _known(x, factors):
+        return x.copy_(x * factors)
+    _call("inlay_columns", (x, factors.contiguous(), x), x)
+    return x
+
+
+def gradients_of_scaled(grad: Tensor, y: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of c, for y = x c [N, n] and its gradient; no c is 0."""
+    if not _known(y, factors):
+        sums = (grad.to(factors.dtype) * y).sum(0)
+        return (grad * factors).to(grad.dtype), sums / factors
+    grad, factors = grad.contiguous(), factors.contiguous()
+    out, sums = torch.empty_like(y), torch.empty_like(factors)
+    _call("inlay_columns_back", (grad, y, factors, out, sums), y)
+    return out, sums.div_(factors)
+
+
+def _known(x: Tensor, factors: Tensor) -> bool:
+    """Return whether `columns.c` computes these on this machine."""
     known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    if not known or factors.dtype != torch.float32 or _functions() is None:
-        return (x * factors).to(x.dtype)
-    return _Columns.apply(x, factors)
+    return known and factors.dtype == torch.float32 and _functions() is not None
 
 
 class _Columns(torch.autograd.Function):

@@ -1,11 +1,11 @@
 """Thin updates over frozen layers that read one input, as one node of the graph.
 
-    y_i = x W_i^T + b_i + d_i(x) A_i^T B_i^T          x [N, I], A_i [R, I], B_i [O_i, R]
+    y_i = (x W_i^T + b_i + d_i(x) A_i^T B_i^T) c_i    x [N, I], A_i [R, I], B_i [O_i, R], c_i [O_i]
 
-d_i is dropout. Plain torch keeps the input of each product; this keeps x once for all layers, their
-d_i(x) A_i^T [N, R] and, of a dropout, which inputs it left. Adding the update is part of the
-product with B_i, and the gradient of x is added up in one place. An x that says how it was made
-(`made_from`) is not kept at all: it is made again.
+d_i is dropout; few have factors c_i. Plain torch keeps the input of each product; this keeps x once
+for all layers, their d_i(x) A_i^T [N, R] and, of a dropout, which inputs it left. Adding the update
+is part of the product with B_i, and the gradient of x is added up in one place. An x that says how
+it was made (`made_from`) is not kept at all: it is made again.
 
 Activation checkpointing computes a block again until it has all that the backward pass needs, and
 what a node saves is seen when its forward pass is through. So there what is saved has a node of its
@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from inlay.kernels.columns import gradients_of_scaled, scaled_in_place
 
 
 class Frozen(Protocol):
@@ -42,6 +44,8 @@ class Member:
     b: Tensor
     dropout: float = 0.0
     """Probability of zeroing an input of the update."""
+    columns: Tensor | None = None
+    """c [O], none of them 0. Not with checkpointing: then y is not there when it would be kept."""
 
 
 def adapted(x: Tensor, members: Sequence[Member], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -51,17 +55,21 @@ def adapted(x: Tensor, members: Sequence[Member], dtype: torch.dtype) -> tuple[T
     if make is not None and version != given._version:  # written to: it is what was made no more
         make, inputs = None, []
     layers, rates = [m.layer for m in members], [m.dropout for m in members]
-    factors = [m.a for m in members] + [m.b for m in members]
+    factors = [*(m.a for m in members), *(m.b for m in members), *(m.columns for m in members)]
     with torch.autocast(x.device.type, enabled=False):
         rows = given.reshape(-1, x.shape[-1])
-        updates: list[tuple[Tensor, Tensor]] | None = [] if _checkpointing() else None
+        updates: list[Update] | None = [] if checkpointing() else None
         outs = _Adapted.apply(rows, (make, inputs), layers, rates, updates, *factors)
         if updates is not None:
             outs = _Products.apply(rows.detach(), layers, updates, *outs)
     return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
 
 
-def _checkpointing() -> bool:
+Update = tuple[Tensor, Tensor, Tensor | None]
+"""d_i(x) A_i^T, B_i and c_i."""
+
+
+def checkpointing() -> bool:
     """Return whether somebody else decides what becomes of saved tensors, as checkpointing does."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is not None and top(False) is not None
@@ -73,7 +81,7 @@ class _Products(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         layers: list[Frozen],
-        updates: list[tuple[Tensor, Tensor]],
+        updates: list[Update],
         *ahead: Tensor,
     ) -> tuple[Tensor, ...]:
         """Return y_i [N, O_i] of each layer; ahead: what `_Adapted` gave in their places."""
@@ -100,42 +108,55 @@ class _Adapted(torch.autograd.Function):
         source: tuple[Callable[..., Tensor] | None, list[Tensor]],
         layers: list[Frozen],
         rates: list[float],
-        updates: list[tuple[Tensor, Tensor]] | None,
-        *factors: Tensor,
+        updates: list[Update] | None,
+        *factors: Any,
     ) -> tuple[Tensor, ...]:
-        """Return y_i [N, O_i] of each layer; factors: the A_i, then the B_i.
+        """Return y_i [N, O_i] of each layer; factors: the A_i, the B_i, then the c_i or None.
 
-        A list of updates is given each d_i(x) A_i^T and B_i, for `_Products` to make the y_i of:
-        what is returned then takes their gradients, and has their shapes without their memory.
+        A list of updates is given each Update, for `_Products` to make the y_i of: what is returned
+        then takes their gradients, and has their shapes without their memory.
         """
-        narrow = [t.to(x.dtype) for t in factors]
-        a, b = narrow[: len(layers)], narrow[len(layers) :]
+        n = len(layers)
+        a, b = ([t.to(x.dtype) for t in factors[i : i + n]] for i in (0, n))
+        columns = factors[2 * n :]
         kept = [_draw(x, rate) for rate in rates] if any(rates) else None
         if kept is None:
             thin = (x @ _joined(a).T).split([len(m) for m in a], 1)
         else:
             left = zip(kept, rates, a, strict=True)  # in turn: what each leaves is as large as x
             thin = tuple(_drop(x, mask, rate) @ m.T for mask, rate, m in left)
-        ctx.layers, ctx.rates, ctx.dtypes = layers, rates, [t.dtype for t in factors]
+        ctx.layers, ctx.rates, ctx.dtypes = layers, rates, [t.dtype for t in factors[: 2 * n]]
         ctx.set_materialize_grads(False)
         ctx.make, inputs = source
         needed = inputs if ctx.make else [x]
         trained = any(ctx.needs_input_grad[FIRST : FIRST + len(layers)])
         masks = kept or [None] * len(layers)
-        ctx.save_for_backward(*thin, *a, *b, *masks, *(needed if trained else ()))
-        made = list(zip(thin, b, strict=True))
+        made = list(zip(thin, b, columns, strict=True))
+        outs = _products(x, layers, made) if updates is None else ()
+        scaled = [y if c is not None else None for y, c in zip(outs, columns, strict=False)]
+        scaled += [None] * (n - len(scaled))
+        kept_all = (*thin, *a, *b, *masks, *columns, *scaled)
+        ctx.save_for_backward(*kept_all, *(needed if trained else ()))
         if updates is None:
-            return _products(x, layers, made)
+            return outs
+        assert not any(c is not None for c in columns)
         updates.extend(made)
         return tuple(x.new_empty(1).expand(len(x), len(m)) for m in b)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        """Return the gradients of x, of the A_i and of the B_i."""
+        """Return the gradients of x, of the A_i, of the B_i and of the c_i."""
         n = len(ctx.layers)
         saved = ctx.saved_tensors
-        thin, a, b, kept = (saved[i : i + n] for i in range(0, 4 * n, n))
+        thin, a, b, kept, columns, scaled = (saved[i : i + n] for i in range(0, 6 * n, n))
+        by_columns: list[Tensor | None] = [None] * n
+        if any(c is not None for c in columns):
+            given = list(grads)
+            for i, (grad, y, c) in enumerate(zip(grads, scaled, columns, strict=True)):
+                if grad is not None and c is not None:
+                    given[i], by_columns[i] = gradients_of_scaled(grad, y, c)
+            grads = tuple(given)
         up: list[Tensor | None] = [None] * n
         low: list[Tensor] = []  # the gradients of d_i(x) A_i^T
         for i, grad in enumerate(grads):
@@ -149,7 +170,7 @@ class _Adapted(torch.autograd.Function):
         down: list[Tensor | None] = [None] * n
         trained = any(ctx.needs_input_grad[FIRST : FIRST + n])
         if trained:
-            x = ctx.make(*saved[4 * n :]) if ctx.make else saved[4 * n]
+            x = ctx.make(*saved[6 * n :]) if ctx.make else saved[6 * n]
             x = x.reshape(-1, a[0].shape[1])
         if any(ctx.rates):
             for i, left in enumerate(zip(kept, ctx.rates, strict=True)):
@@ -165,16 +186,15 @@ class _Adapted(torch.autograd.Function):
             if total is not None:
                 total.addmm_(joined, _joined(a))
         typed = (None if t is None else t.to(d) for t, d in zip(down, ctx.dtypes, strict=False))
-        return total, None, None, None, None, *typed, *up
+        return total, None, None, None, None, *typed, *up, *by_columns
 
 
-def _products(
-    x: Tensor, layers: Sequence[Frozen], updates: Sequence[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, ...]:
-    return tuple(
-        layer.forward_product(x).addmm_(low, up.T)
-        for layer, (low, up) in zip(layers, updates, strict=True)
-    )
+def _products(x: Tensor, layers: Sequence[Frozen], updates: Sequence[Update]) -> tuple[Tensor, ...]:
+    outs = []
+    for layer, (low, up, columns) in zip(layers, updates, strict=True):
+        out = layer.forward_product(x).addmm_(low, up.T)
+        outs.append(out if columns is None else scaled_in_place(out, columns))
+    return tuple(outs)
 
 
 def _through(

@@ -6,6 +6,7 @@ node's output.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from inlay.bases.plain import Linear
 from inlay.core.adapter import Delta
 from inlay.core.inlaid import Inlaid
 from inlay.kernels.columns import times_columns
-from inlay.kernels.lora import Member
+from inlay.kernels.lora import Member, checkpointing
 from inlay.methods._dora import Dora
 from inlay.methods.lora import Lora
 
@@ -72,8 +73,8 @@ class DoraSite(Site):
         """The squared norms [O] of the frozen weight, taken once for as long as it is the same."""
         module = self.layer.module
         wide = torch.promote_types(self.dora.magnitude.dtype, torch.float32)
-        held = (*module.parameters(), *module.buffers())
-        now = [wide, *((t.data_ptr(), _version(t), t.dtype) for t in held)]
+        held = [*module._parameters.values(), *module._buffers.values()]
+        now = [wide, *((t.data_ptr(), _version(t), t.dtype) for t in held if t is not None)]
         if self._squares is None or self._squares[0] != now:
             norms = torch.linalg.vector_norm(self.layer.weight(), dim=1, dtype=wide)
             self._squares = now, norms**2
@@ -85,15 +86,21 @@ class DoraSite(Site):
         with torch.no_grad():
             a, b = member.a.detach(), member.b.detach()
             crossed = self._without_bias(self.layer.forward_product(a.to(dtype))).T.to(b.dtype)
-            squares = self.squares + ((2 * crossed + b @ (a @ a.T)) * b).sum(1)
-            norms = squares.clamp_min(0).sqrt()
-        self._scale = self.dora.magnitude / norms
+            # |W + B A|^2 = |W|^2 + sum of (2 W A^T + B A A^T) B, row by row
+            added = torch.linalg.vecdot(torch.addmm(crossed, b, a @ a.T, beta=2), b)
+            norms = added.add_(self.squares).clamp_min_(0).sqrt_()
+        scale = self.dora.magnitude / norms
+        # the node keeps its output alone; where that does not tell the input, `finish` scales
+        if self.layer.bias() is None and not checkpointing() and bool(scale.all()):
+            return replace(member, columns=scale)
+        self._scale = scale
         return member
 
     def finish(self, out: Tensor) -> Tensor:
-        """Return c * (out - b) + b."""
+        """Return c * (out - b) + b, or what the node has scaled already."""
         scale, self._scale = self._scale, None  # which holds on to the graph
-        assert scale is not None
+        if scale is None:
+            return out
         scaled = times_columns(self._without_bias(out), scale)
         bias = self.layer.bias()
         return scaled if bias is None else scaled + bias.to(out.dtype)

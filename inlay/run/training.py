@@ -215,8 +215,13 @@ class _Job:
         )
 
     def last_loss(self, outcome: Outcome) -> dict[str, Any]:
-        """Return the loss on the held-out rows after training, as the loop measured it last."""
-        if outcome.eval_loss is None or self.config.train.restore_best:
+        """Return the loss on the held-out rows after training, as the loop measured it last.
+
+        It is measured again where weights were put back, and where the arithmetic shows by which
+        path it was computed: base, adapter and `inlay eval` are to be comparable to the last digit.
+        """
+        again = self.config.train.restore_best or self.precision != torch.float32
+        if outcome.eval_loss is None or again:
             return self.loss()
         base = (self.run.evaluation or {}).get("base") or {}
         return told(Score(outcome.eval_loss, base.get("tokens", 0)), self.objective)
