@@ -276,6 +276,17 @@ def test_dora_by_the_node(make: Callable[[], Any]) -> None:
         assert_same(plain, results(model))
 
 
+def test_a_magnitude_of_zero_has_its_gradient() -> None:
+    model = adapted(llama, inlay.LoraConfig(r=3, use_dora=True, target_modules="all-linear"))
+    for path, parameter in model.named_parameters():
+        if "magnitude" in path:  # its output tells nothing of what was multiplied
+            parameter.data[1] = 0.0
+    plain = results(model)
+    with accelerated(model, once(model)):
+        assert taken(model)
+        assert_same(plain, results(model))
+
+
 def test_dora_with_dropout_takes_the_plain_path() -> None:
     model = adapted(llama, inlay.LoraConfig(r=3, use_dora=True, lora_dropout=0.1))
     with accelerated(model, once(model)):
