@@ -289,10 +289,11 @@ FIELDS = {
     """,
     "inlay.train.settings:TrainConfig": """
         adam_beta1 adam_beta2 adam_epsilon compile early_stopping_patience
-        early_stopping_threshold eval_batch_size eval_steps fast gradient_accumulation_steps gradient_checkpointing
-        learning_rate logging_steps loraplus_lr_embedding loraplus_lr_ratio lr_scheduler
-        max_grad_norm max_steps micro_batch_size num_epochs offload_activations optimizer packing precision
-        restore_best save_steps save_total_limit seed warmup_ratio warmup_steps weight_decay
+        early_stopping_threshold eval_batch_size eval_steps fast gradient_accumulation_steps
+        gradient_checkpointing learning_rate logging_steps loraplus_lr_embedding
+        loraplus_lr_ratio lr_scheduler max_grad_norm max_steps micro_batch_size num_epochs
+        offload_activations optimizer packing precision restore_best save_steps save_total_limit
+        seed warmup_ratio warmup_steps weight_decay
     """,
 }
 
