@@ -132,16 +132,17 @@ class _Adapted(torch.autograd.Function):
         trained = any(ctx.needs_input_grad[FIRST : FIRST + len(layers)])
         masks = kept or [None] * len(layers)
         made = list(zip(thin, b, columns, strict=True))
-        outs = _products(x, layers, made) if updates is None else ()
-        scaled = [y if c is not None else None for y, c in zip(outs, columns, strict=False)]
-        scaled += [None] * (n - len(scaled))
-        kept_all = (*thin, *a, *b, *masks, *columns, *scaled)
-        ctx.save_for_backward(*kept_all, *(needed if trained else ()))
         if updates is None:
-            return outs
-        assert not any(c is not None for c in columns)
-        updates.extend(made)
-        return tuple(x.new_empty(1).expand(len(x), len(m)) for m in b)
+            outs = _products(x, layers, made)
+        else:
+            assert not any(c is not None for c in columns)
+            updates.extend(made)
+            outs = tuple(x.new_empty(1).expand(len(x), len(m)) for m in b)
+        scaled = [None if c is None else y for y, c in zip(outs, columns, strict=True)]
+        ctx.save_for_backward(
+            *(*thin, *a, *b, *masks, *columns, *scaled), *(needed if trained else ())
+        )
+        return outs
 
     @staticmethod
     @once_differentiable
@@ -151,22 +152,20 @@ class _Adapted(torch.autograd.Function):
         saved = ctx.saved_tensors
         thin, a, b, kept, columns, scaled = (saved[i : i + n] for i in range(0, 6 * n, n))
         by_columns: list[Tensor | None] = [None] * n
-        if any(c is not None for c in columns):
-            given = list(grads)
-            for i, (grad, y, c) in enumerate(zip(grads, scaled, columns, strict=True)):
-                if grad is not None and c is not None:
-                    given[i], by_columns[i] = gradients_of_scaled(grad, y, c)
-            grads = tuple(given)
+        given = list(grads)  # those of the sums, before they are multiplied by c_i
+        for i, (grad, y, c) in enumerate(zip(grads, scaled, columns, strict=True)):
+            if grad is not None and c is not None:
+                given[i], by_columns[i] = gradients_of_scaled(grad, y, c)
         up: list[Tensor | None] = [None] * n
         low: list[Tensor] = []  # the gradients of d_i(x) A_i^T
-        for i, grad in enumerate(grads):
+        for i, grad in enumerate(given):
             if grad is None:  # nothing was made of this layer's output
                 low.append(torch.zeros_like(thin[i]))
                 continue
             low.append(grad @ b[i])
             if ctx.needs_input_grad[FIRST + n + i]:
                 up[i] = (grad.T @ thin[i]).to(ctx.dtypes[n + i])
-        total = _through(ctx.layers, grads, low, a) if ctx.needs_input_grad[0] else None
+        total = _through(ctx.layers, given, low, a) if ctx.needs_input_grad[0] else None
         down: list[Tensor | None] = [None] * n
         trained = any(ctx.needs_input_grad[FIRST : FIRST + n])
         if trained:

@@ -10,7 +10,7 @@ attention that the model had.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -119,6 +119,19 @@ def recognized(
     return Rows.of([b - a for a, b in pairwise(starts)], device)
 
 
+def only_scores(told: Mapping[str, Any]) -> bool:
+    """Return whether attention that is told this makes scores and a softmax, and no more.
+
+    That is without dropout on its weights, sinks and biases, and causal as its mask is.
+    """
+    more = {
+        n: v for n, v in told.items() if n not in ("scaling", "softcap", "dropout", "is_causal")
+    }
+    asked = [n for n, v in more.items() if v is not None and v is not False]
+    plain = not told.get("dropout") and told.get("is_causal") is not False
+    return plain and all(name in HARMLESS for name in asked)
+
+
 def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors in the dtype that autocast computes attention in, where it is on."""
     device = tensors[0].device.type
@@ -202,10 +215,8 @@ def _packed(
     key: Tensor,
     value: Tensor,
     mask: Packed,
-    dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
-    is_causal: bool | None = None,
     **told: Any,
 ) -> Tensor | None:
     """Return the output [B, T, heads, D] of q, k, v [B, heads, T, D]; None where it is another's.
@@ -214,14 +225,11 @@ def _packed(
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = in_autocast(query, key, value)
-    more = [name for name, value in told.items() if value is not None and value is not False]
     alike = query.dtype == key.dtype == value.dtype and key.shape == value.shape
     length = query.shape[0] * query.shape[2]
     if (
-        dropout
-        or is_causal is False
-        or scale <= 0
-        or any(name not in HARMLESS for name in more)
+        scale <= 0
+        or not only_scores(told)
         or not alike
         or query.shape[-1] != key.shape[-1]
         or query.shape[1] % key.shape[1]

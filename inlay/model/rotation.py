@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from inlay.kernels import attention as kernel
 from inlay.kernels.attention import Rotation
-from inlay.model.attention import HARMLESS, Packed, in_autocast
+from inlay.model.attention import HARMLESS, Packed, in_autocast, only_scores
 from inlay.model.blocks import Form, below, placed, proved, same
 
 TOLD = {"hidden_states", "attention_mask", "position_embeddings", "past_key_values"}
@@ -67,7 +68,7 @@ def _forms(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return []
     made, told = heard
     scale = told.get("scaling")
-    if not isinstance(scale, float) or told.get("dropout"):
+    if not isinstance(scale, float) or not only_scores(told):
         return []
     turning = mask.rotation(rotation)
     x, width = kwargs["hidden_states"], turning[0].shape[1]
@@ -145,10 +146,10 @@ class Rotating(Form):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the block computes; of anything but packed rows, by the block's own."""
-        known = all(name in TOLD or name in HARMLESS for name in kwargs)
+        known = not args and all(name in TOLD or name in HARMLESS for name in kwargs)
         mask, rotation = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
-        past = kwargs.get("past_key_values") is not None
-        if known and not past and not args and isinstance(mask, Packed) and rotation is not None:
+        able = kwargs.get("past_key_values") is None and not torch.compiler.is_compiling()
+        if known and able and isinstance(mask, Packed) and rotation is not None:
             x = kwargs.get("hidden_states")
             if isinstance(x, Tensor) and x.shape[0] * x.shape[1] == mask.rows.bounds[-1]:
                 return self.compute(self.module, x, mask, rotation, *self.given), None

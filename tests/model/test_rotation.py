@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import CohereConfig, CohereForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from inlay.kernels import attention as kernel
+from inlay.model import rotation
 from inlay.model.attention import packed_attention
 from inlay.model.fast import fast_paths, inference
 from inlay.model.rotation import Rotating, rotating_attention
@@ -112,6 +116,43 @@ def test_dropout_on_the_weights_leaves_a_block_as_it_is(architecture, turned):
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.1
     compare(model, batch(), turned, close=1e-5, takes_part=False)
+
+
+class Sinking(LlamaAttention):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs, s_aux=torch.zeros(2))
+
+
+def test_what_wants_more_than_scores_is_left_as_it_is(architecture, turned):
+    model = architecture("llama")
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Sinking  # of which torch's attention takes no notice
+
+    def run():
+        with torch.no_grad():
+            model(**batch())
+
+    with packed_attention(model), rotating_attention(model, run) as blocks:
+        assert not blocks
+        del turned[:]
+        results(model, batch())
+    assert not turned
+
+
+def test_a_model_under_the_compiler_takes_the_plain_blocks(architecture, turned, monkeypatch):
+    model = architecture("llama")
+
+    def run():
+        with torch.no_grad():
+            model(**batch())
+
+    with packed_attention(model), rotating_attention(model, run) as blocks:
+        assert blocks
+        compiling = SimpleNamespace(compiler=SimpleNamespace(is_compiling=lambda: True))
+        monkeypatch.setattr(rotation, "torch", compiling)  # not for transformers, which would ask
+        del turned[:]
+        model(**batch())
+    assert turned == [False] * 2
 
 
 def test_with_past_keys_a_block_computes_by_its_own(architecture, turned):
